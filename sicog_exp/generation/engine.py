@@ -1,0 +1,64 @@
+"""The engine protocol: requests in, candidates out, each carrying its sample id.
+
+One contract test (`tests/contract/test_engine.py`) runs over every implementation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sicog_exp.prompts import Kind
+from sicog_exp.records import Candidate, Message
+
+
+@dataclass(frozen=True)
+class Request:
+    """Ask for `count` candidates with indices first_index, first_index + 1, ... of one prompt.
+
+    `messages` end with the user's turn; `images` are absolute paths, one per `<image>` placeholder, in order.
+    """
+
+    sample_id: str
+    kind: Kind
+    messages: tuple[Message, ...]
+    images: tuple[Path, ...]
+    count: int
+    first_index: int = 0
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to draw. Temperature 0 is greedy; `seed` is the run's, each candidate's own is `candidate_seed`."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    batch_size: int
+
+
+def candidate_seed(seed: int, sample_id: str, kind: str, index: int) -> int:
+    """63-bit seed of one candidate: a function of the run's seed and the candidate's key, of nothing else."""
+    digest = hashlib.sha256(f"{seed}\0{sample_id}\0{kind}\0{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Engine(Protocol):
+    """Samples from one model."""
+
+    def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[list[Candidate]]:
+        """Lists of candidates, one list per finished batch; every requested (sample id, kind, index) exactly once.
+
+        The batches are a function of `requests` and `decoding` alone, and so is every candidate, so that a killed
+        generation continues with the batches that are missing.
+        """
+        ...
+
+    def log_likelihood(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, int, bool]]:
+        """For each request the continuation's summed log-probability (nats), its number of tokens, and whether it is
+        the greedy continuation."""
+        ...

@@ -1,0 +1,1 @@
+"""Build or load a multimodal LLM; decide which parts train."""

@@ -1,0 +1,97 @@
+"""THE prompt table: one wording per data kind for training, generation and evaluation, with its parser.
+
+Kinds (paper.md, section 3 of arXiv 2503.12303): `cod` Chain-of-Description caption, `dd` detailed-description
+caption, `cot` structured chain-of-thought answer, `direct` short answer, `text` ordinary text-only instruction.
+The step headers are those of the authors' data.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Kind = Literal["cod", "dd", "cot", "direct", "text"]
+KINDS: tuple[Kind, ...] = ("cod", "dd", "cot", "direct", "text")
+CAPTION_KINDS: tuple[Kind, ...] = ("cod", "dd")
+REASONING_KINDS: tuple[Kind, ...] = ("cot", "direct")
+
+COD_STEPS = (
+    "Step 1: Extract salient content",
+    "Step 2: Analyze detailed information",
+    "Step 3: Consider relational-level attributes",
+    "Step 4: Examine marginal or peripheral content",
+    "Step 5: Organize all observations",
+)
+COT_STEPS = (
+    "Step 1: Clarify the task objective",
+    "Step 2: Extract the crucial visual information",
+    "Step 3: Generate detailed reasoning",
+    "Step 4: Conclude the task with an answer",
+)
+STEPS: dict[str, tuple[str, ...]] = {"cod": COD_STEPS, "cot": COT_STEPS}
+
+PROMPTS: dict[Kind, str] = {
+    "cod": "Describe the image in detail, step by step.",
+    "dd": "Describe the image as descriptively as possible.",
+    "cot": "{question}\nAnswer step by step.",
+    "direct": "{question}\nAnswer with a word, phrase or option letter.",
+    "text": "{question}",
+}
+
+
+def prompt(kind: Kind, question: str = "") -> str:
+    """The user's words for one example of a kind; `question` is ignored by the caption kinds."""
+    return PROMPTS[kind].replace("{question}", question)
+
+
+def question_of(kind: Kind, prompt_text: str) -> str:
+    """The question inside a prompt built by `prompt` (the prompt itself where it was worded otherwise)."""
+    suffix = PROMPTS[kind].removeprefix("{question}")
+    return prompt_text.removesuffix(suffix) if suffix != PROMPTS[kind] else prompt_text
+
+
+def structured(kind: Kind, parts: tuple[str, ...]) -> str:
+    """A whole `cod` or `cot` response from its steps' contents."""
+    return "\n".join(f"{header}\n{part}" for header, part in zip(STEPS[kind], parts, strict=True))
+
+
+def steps_of(kind: Kind, response: str) -> tuple[str, ...] | None:
+    """The contents of a structured response's steps, or None where a header is missing, doubled or out of order.
+
+    A header counts by its "Step k:" beginning, so that longer wordings of the same step still parse.
+    """
+    pieces = re.split(r"(?m)^\s*\**Step (\d+):", response)
+    numbers = [int(number) for number in pieces[1::2]]
+    if pieces[0].strip() or numbers != list(range(1, len(STEPS[kind]) + 1)):
+        return None
+    return tuple(_content(header, body) for header, body in zip(STEPS[kind], pieces[2::2], strict=True))
+
+
+def _content(header: str, body: str) -> str:
+    """A step's text without the rest of its header line, whatever that line's wording."""
+    wording = header.split(": ", 1)[1]
+    body = body.strip()
+    if body.startswith(wording):
+        return body.removeprefix(wording).lstrip(" .:\n").strip()
+    return body.split("\n", 1)[1].strip() if "\n" in body else body
+
+
+def final_text(kind: Kind, response: str) -> str | None:
+    """What curation compares: the last step of a structured response, else the whole (paper.md, Curation).
+
+    None where the format is broken or nothing is left.
+    """
+    if kind in STEPS:
+        steps = steps_of(kind, response)
+        return (steps[-1] or None) if steps else None
+    return response.strip() or None
+
+
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no punctuation at word ends, no articles, number words as digits (after VQAv2's evaluation)."""
+    words = [word.strip(".,;:!?\"'()[]") for word in text.lower().split()]
+    return " ".join(_NUMBERS.get(word, word) for word in words if word and word not in _ARTICLES)

@@ -1,0 +1,378 @@
+"""The typed configuration tree: one YAML file is one whole recipe, overridden by a dotlist.
+
+Every key is a field below with its meaning beside it. `load` raises `RecipeError` naming the key, the value and
+what is allowed; cross-field checks stand in each class's `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run; the message names the key, the value and what is allowed."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RecipeError(message)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{name}={value}: must be above 0")
+
+
+def _share(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0 <= value <= 1, f"{name}={value}: must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images and annotations come from."""
+
+    source: Literal["world", "easyvqa", "own"] = "world"
+    """`world`: the built-in scenes; `easyvqa`: the easy-vqa package; `own`: the files named below."""
+    seed: int = 20_503
+    """Seed of the built-in world's scenes; not the run's seed, so that runs of all seeds share one benchmark."""
+    annotated_images: int = 100
+    """Annotated images used (world, easyvqa); `own` takes all rows of `annotated`."""
+    unlabeled_images: int = 1200
+    """Unlabeled images used; `own` takes at most this many files, 0 for all."""
+    instruction_images: int = 1000
+    """Images of the public-style instruction set, replayed in the instruct stage (world only)."""
+    development_images: int = 150
+    """Images whose questions choose thresholds and regimes."""
+    benchmark_images: int = 500
+    """Images of the benchmark, used for no decision."""
+    questions_per_image: int = 4
+    """Questions asked about each annotated, unlabeled, development and benchmark image."""
+    annotated: str | None = None
+    """`own`: a LLaVA-style JSON/JSONL or a chat-messages JSONL file with responses."""
+    unlabeled: str | None = None
+    """`own`: a folder of images, or a file of rows with images and (optionally) questions."""
+    development: str | None = None
+    """`own`: like `annotated`; without it `holdout` of the annotated images is kept for development."""
+    benchmark: str | None = None
+    """`own`: like `annotated`; without it `holdout` of the annotated images is kept for the benchmark."""
+    root: str | None = None
+    """`own`: images lie under this folder; by default the folder of the file that names them."""
+    holdout: float = 0.2
+    """`own`: share of annotated images kept for development, and again for the benchmark, where no file is named."""
+    max_bad_share: float = 0.1
+    """A source with a larger share of unusable rows stops the run; the rows are listed in `rejected.jsonl`."""
+    max_pixels: int = 50_000_000
+    """Images with more pixels are set aside."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "annotated_images", "development_images", "benchmark_images", "questions_per_image", "max_pixels")
+        _share(self, "holdout", "max_bad_share")
+        if self.source == "own":
+            for name in ("annotated", "unlabeled"):
+                _require(getattr(self, name) is not None, f"data.{name} is missing: data.source=own needs a path there")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model, G0's parts."""
+
+    base: str = "embedded"
+    """`embedded` (shipped with the package), or a folder or hub name of a transformers image-text-to-text model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you say so."""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    """Lightning precision for training, and the dtype of generation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training and generation run."""
+    threads: int = 2
+    """CPU threads; results are bit-identical only between runs with the same number."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "threads")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage. A learning rate of 0 freezes that part."""
+
+    steps: int = 100
+    """Optimizer steps; 0 leaves the stage out."""
+    batch_size: int = 64
+    """Samples per optimizer step, over all devices."""
+    micro_batch_size: int = 64
+    """Samples per forward pass on one device; the loss does not depend on it."""
+    vision_lr: float = 1e-3
+    """Peak learning rate of the vision tower."""
+    projector_lr: float = 1e-3
+    """Peak learning rate of the projector."""
+    language_lr: float = 1e-3
+    """Peak learning rate of the language model."""
+    warmup_ratio: float = 0.03
+    """Share of the steps with a linearly rising learning rate; a cosine to 0 follows (paper.md, Training)."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    clip_norm: float = 1.0
+    """Largest gradient norm."""
+    max_length: int = 4096
+    """Tokens of one sample, image tokens included. A longer text is cut at its end, never inside image tokens."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints from which a killed stage continues."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, f"steps={self.steps}: must be 0 or more")
+        _positive(self, "batch_size", "micro_batch_size", "clip_norm", "max_length", "checkpoint_every")
+        _share(self, "warmup_ratio")
+        _require(self.batch_size % self.micro_batch_size == 0,
+                 f"batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size}")  # fmt: skip
+        rates = (self.vision_lr, self.projector_lr, self.language_lr)
+        _require(min(rates) >= 0, f"learning rates {rates}: must be 0 (frozen) or more")
+        _require(self.steps == 0 or max(rates) > 0, "all three learning rates are 0: nothing would train")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Candidates and how they are drawn (paper.md, Sizes and sampling)."""
+
+    cod: int = 2
+    """Chain-of-Description captions per unlabeled image."""
+    dd: int = 1
+    """Detailed-description captions per unlabeled image."""
+    cot: int = 2
+    """Chain-of-thought answers per unlabeled question."""
+    direct: int = 1
+    """Direct answers per unlabeled question."""
+    temperature: float = 0.7
+    """0 is greedy."""
+    top_p: float = 0.9
+    """Nucleus sampling: the smallest set of tokens with this probability."""
+    max_new_tokens: int = 1200
+    """Tokens after which a candidate is cut (finish reason `length`)."""
+    batch_size: int = 64
+    """Requests (image and prompt) per batch; each serves all its candidates."""
+    pooled: bool = True
+    """Pool the candidates of earlier iterations with the new ones (authors' runs: N = 3, 6, 9)."""
+
+    def __post_init__(self) -> None:
+        for name in ("cod", "dd", "cot", "direct"):
+            _require(getattr(self, name) >= 0, f"sampling.{name}={getattr(self, name)}: must be 0 or more")
+        _require(self.temperature >= 0, f"temperature={self.temperature}: must be 0 (greedy) or more")
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0 and at most 1")
+        _positive(self, "max_new_tokens", "batch_size")
+
+
+@dataclass(frozen=True)
+class CurationConfig:
+    """Self-consistency (paper.md, Curation). A kind is a caption (cod, dd) or reasoning (cot, direct)."""
+
+    encoder: str = "lexical"
+    """Similarity of final texts: `lexical` (uni- and bigram F1), `minilm` (the packaged MiniLM), or the name or path
+    of a sentence-transformers model."""
+    include_self: bool = True
+    """Count a candidate's similarity to itself in its mean, as the authors do (with N = 3, 0.90 means 0.85 to the
+    two others)."""
+    caption_threshold: float = 0.85
+    """Keep an image's caption when the best score reaches this."""
+    reasoning_threshold: float = 0.85
+    """Keep a question's answer when the best score reaches this."""
+    reasoning_scorer: Literal["similarity", "agreement"] = "agreement"
+    """`similarity`: mean similarity of final answers; `agreement`: share of candidates with the same normalised answer."""
+    require_direct_agreement: bool = False
+    """Keep a question only if the chosen answer is also the most frequent direct answer."""
+    select: Literal["best", "random"] = "best"
+    """`random` draws the chosen candidate, seeded by sample id, and keeps every item: the control without curation."""
+    require_format: bool = True
+    """Set aside candidates whose steps are missing or out of order, or that were cut at the token limit."""
+    min_words: int = 1
+    """Shortest final text."""
+    max_words: int = 1000
+    """Longest final text."""
+    dedup: bool = True
+    """Among kept items, drop exact and near duplicates (same image and prompt, nearly the same response)."""
+    near_duplicate: float = 0.95
+    """Lexical similarity from which two responses to the same prompt and image count as near duplicates."""
+
+    def __post_init__(self) -> None:
+        _share(self, "near_duplicate")
+        for name in ("caption_threshold", "reasoning_threshold"):
+            _require(-1 <= getattr(self, name) <= 1, f"curation.{name}={getattr(self, name)}: must lie between -1 and 1")
+        _require(0 <= self.min_words <= self.max_words,
+                 f"min_words={self.min_words}, max_words={self.max_words}: need 0 <= min_words <= max_words")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Shares of the pre-training samples by source; they are normalised to 1. Sources without rows are left out."""
+
+    self_caption: float = 0.25
+    """Curated captions (CoD and DD rows)."""
+    self_reasoning: float = 0.5
+    """Curated answers (CoT and direct rows)."""
+    text: float = 0.05
+    """Text-only instruction data, against forgetting."""
+    annotated: float = 0.2
+    """The annotated rows."""
+
+    def __post_init__(self) -> None:
+        shares = dataclasses.astuple(self)
+        _require(min(shares) >= 0 and sum(shares) > 0, f"mixture {shares}: shares must be 0 or more, one above 0")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What every generation is scored on, through lmms-eval."""
+
+    suite: str = "embedded"
+    """A suite in evals/suites/, or a path to a suite file."""
+    batch_size: int = 128
+    """Requests per batch."""
+    max_new_tokens: int = 160
+    """Tokens an answer may take."""
+    bootstrap: int = 2000
+    """Resamples of the image-clustered intervals."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size", "max_new_tokens", "bootstrap")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow."""
+
+    uri: str = "sqlite:///mlflow.db"
+    """Tracking store; artifacts of the default lie in mlruns/. MLFLOW_TRACKING_URI takes precedence."""
+    experiment: str = "sicog"
+    """Experiment name. Under `mlflow run` its --experiment-name takes precedence."""
+    register: bool = True
+    """Register each generation in the model registry, with aliases gen-0, gen-1, ... and champion."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One SIcog experiment."""
+
+    name: str = "embedded"
+    """Names the run and the registered model."""
+    seed: int = 0
+    """Seed of training order and sampling."""
+    iterations: int = 2
+    """Iterations g -> g+1; 2 give generations G0, G1, G2."""
+    start: Literal["base", "previous"] = "base"
+    """The next generation starts from the base's parts or from the previous generation's."""
+    generators: Literal["mixed", "two"] = "mixed"
+    """One generator for captions and answers, or one for perception and one for reasoning."""
+    self_data: bool = True
+    """False: the control that trains every generation on annotated rows alone, for the same number of steps."""
+    store: str = "store"
+    """Folder of the step store."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    develop: StageConfig = field(default_factory=StageConfig)
+    align: StageConfig = field(default_factory=lambda: StageConfig(steps=0, vision_lr=0.0, language_lr=0.0))
+    pretrain: StageConfig = field(default_factory=StageConfig)
+    instruct: StageConfig = field(default_factory=StageConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    curation: CurationConfig = field(default_factory=CurationConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    replay: float = 0.3
+    """Share of instruction-set replay beside the annotated rows in the instruct stage."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.iterations >= 0, f"iterations={self.iterations}: must be 0 or more")
+        _share(self, "replay")
+        caption, reasoning = self.sampling.cod + self.sampling.dd, self.sampling.cot + self.sampling.direct
+        _require(not self.self_data or caption + reasoning > 0,
+                 "sampling asks for no candidate of any kind: set sampling.cod, dd, cot or direct, or self_data=false")  # fmt: skip
+
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Any, key: str = "") -> T:
+    """A typed, validated `cls` from plain values.
+
+    OmegaConf merges; this converts: it knows Literal and optional fields, which structured configs do not, and says
+    which key is wrong. Raises RecipeError.
+    """
+    if not isinstance(values, dict):
+        raise RecipeError(f"{key or 'recipe'}={values!r}: expected a mapping of {', '.join(_keys(cls))}")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise RecipeError(f"{_join(key, name)}: unknown key; allowed here: {', '.join(_keys(cls))}")
+    made = {name: _convert(hints[name], value, _join(key, name)) for name, value in values.items()}
+    try:
+        return cls(**made)
+    except RecipeError as error:
+        raise RecipeError(f"{key}: {error}" if key and not str(error).startswith(key) else str(error)) from None
+
+
+def _keys(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, key)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise RecipeError(f"{key}={value!r}: allowed: {', '.join(map(str, typing.get_args(hint)))}")
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _convert(typing.get_args(hint)[0], value, key)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{key}={value!r}: expected a list")
+        return tuple(_convert(typing.get_args(hint)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise RecipeError(f"{key}={value!r}: expected {hint.__name__}")
+    return value
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with dotlist overrides (`a.b=1`) on top. Raises RecipeError."""
+    return load_as(Recipe, path, overrides)
+
+
+def load_as(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> T:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such recipe; the shipped ones are in experiments/")
+    for override in overrides:
+        _require("=" in override, f"{override!r}: an override is key=value, for example curation.encoder=minilm")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: {error}") from None
+    try:
+        return build(cls, values)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from None
+
+
+def to_yaml(config: Any) -> str:
+    """A resolved configuration as YAML that `load` reads back to an equal one."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)

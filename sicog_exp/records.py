@@ -1,0 +1,161 @@
+"""Records (training and evaluation examples) and candidates (sampled outputs): typed, validated, stored.
+
+Records are Parquet (read with `datasets.load_dataset("parquet", ...)` or pyarrow), candidates JSONL keyed by
+(sample id, kind, index). Both are validated when made, so what is on disk was valid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from sicog_exp.prompts import KINDS, Kind
+
+IMAGE_PLACEHOLDER = "<image>"
+
+
+class RecordError(ValueError):
+    """A record or candidate that breaks its contract; the message names what is wrong and the fix."""
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example. `images` are paths relative to the data root; `<image>` marks each one's place in the messages.
+
+    `family` is a question family where the source knows one, `source` says where the record comes from
+    (annotated, self, instruction, text, ...). The last assistant message may be missing: an unlabeled record.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[str, ...]
+    kind: Kind
+    source: str
+    family: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            raise RecordError("empty id; give every record a unique id")
+        if self.kind not in KINDS:
+            raise RecordError(f"unknown kind {self.kind!r}; use one of {', '.join(KINDS)}")
+        self._check_roles()
+        placeholders = sum(message.content.count(IMAGE_PLACEHOLDER) for message in self.messages)
+        if placeholders != len(self.images):
+            raise RecordError(f"{placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(self.images)} images; "
+                              "write one placeholder per image")  # fmt: skip
+
+    def _check_roles(self) -> None:
+        turns = [m.role for m in self.messages if m.role != "system"]
+        expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
+        if not turns or turns != expected:
+            raise RecordError(f"roles {turns}; messages must alternate user, assistant, ... starting with user")
+        for message in self.messages:
+            if message.role == "assistant" and not message.content.strip():
+                raise RecordError("empty response; remove the record or write its answer")
+            if message.role != "user" and IMAGE_PLACEHOLDER in message.content:
+                raise RecordError(f"{IMAGE_PLACEHOLDER} in a {message.role} message; images belong to the user")
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages up to the last assistant turn."""
+        return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
+
+    @property
+    def response(self) -> str | None:
+        """The last assistant turn; None for an unlabeled record."""
+        return self.messages[-1].content if self.messages[-1].role == "assistant" else None
+
+
+def user(text: str, images: int = 0) -> Message:
+    """A user's message with its images in front, as everywhere in this project."""
+    return Message("user", (IMAGE_PLACEHOLDER + "\n") * images + text)
+
+
+def conversation(prompt_text: str, response: str | None, images: tuple[str, ...]) -> tuple[Message, ...]:
+    first = (user(prompt_text, len(images)),)
+    return first if response is None else (*first, Message("assistant", response))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sampled output. `logprob` is the sum over its `tokens` new tokens, in nats, of the untempered model."""
+
+    sample_id: str
+    kind: Kind
+    index: int
+    text: str
+    seed: int
+    logprob: float
+    tokens: int
+    finish_reason: Literal["stop", "length"]
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.sample_id, self.kind, self.index
+
+
+def _flat(record: Record) -> dict[str, Any]:
+    row = asdict(record)
+    row["messages"], row["images"] = list(row["messages"]), list(row["images"])
+    return row
+
+
+def record_from(row: dict[str, Any]) -> Record:
+    messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
+    return Record(row["id"], messages, tuple(row["images"]), row["kind"], row["source"], row.get("family") or "")
+
+
+def write_records(path: Path, records: Iterable[Record]) -> int:
+    """Write Parquet; raise on a doubled id. Returns the number of rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [_flat(record) for record in records]
+    ids = [row["id"] for row in rows]
+    if len(set(ids)) != len(ids):
+        doubled = next(i for i in ids if ids.count(i) > 1)
+        raise RecordError(f"{path.name}: id {doubled!r} occurs more than once; ids must be unique")
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    schema = pa.schema([("id", pa.string()), ("messages", pa.list_(message)), ("images", pa.list_(pa.string())),
+                        ("kind", pa.string()), ("source", pa.string()), ("family", pa.string())])  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    return len(rows)
+
+
+def read_records(path: Path) -> list[Record]:
+    import pyarrow.parquet as pq
+
+    return [record_from(row) for row in pq.read_table(path).to_pylist()]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL file that this project wrote (users' files go through `data.sources`)."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def candidate_row(candidate: Candidate) -> dict[str, Any]:
+    return {field.name: getattr(candidate, field.name) for field in fields(Candidate)}
+
+
+def candidate_from(row: dict[str, Any]) -> Candidate:
+    return Candidate(**row)

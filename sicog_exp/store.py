@@ -1,0 +1,240 @@
+"""The step store: a step is a pure function of (frozen config, input artifacts, seed) that fills one directory.
+
+A step's directory is named by a fingerprint of everything it depends on. Work happens in a `.partial` sibling that
+survives a kill, so that a step can continue from its own checkpoint or shard; `manifest.json` is written last and the
+directory renamed: an artifact either is whole or does not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+SCRATCH = "scratch"
+"""Sub-directory of a partial artifact for checkpoints and shards; removed when the step is done."""
+RECORDED_LIBRARIES = ("sicog-exp", "torch", "transformers", "lightning", "lmms-eval", "datasets", "numpy")
+
+
+class StoreError(RuntimeError):
+    """A step that could not be stored; the message says which and what to do."""
+
+
+def canonical(value: Any) -> str:
+    """Canonical JSON. Raises TypeError on anything without one exact form (sets, objects, NaN)."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"keys must be strings to be fingerprinted, got {list(value)!r}")
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise TypeError(f"{type(value).__name__} has no canonical form; use dataclasses, mappings, lists, numbers, strings")
+
+
+def digest_of(value: Any) -> str:
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+def file_checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """Relative path -> sha256 of every file, the manifest and scratch excluded."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    relative = [(p, p.relative_to(directory)) for p in files]
+    return {str(r): file_checksum(p) for p, r in relative if str(r) != MANIFEST and r.parts[0] != SCRATCH}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished step's directory. `fingerprint` names what it was made of, `content` hashes what it holds."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    cached: bool
+    """True when this process found the step finished instead of running it."""
+
+    @property
+    def name(self) -> str:
+        return self.manifest["step"]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def content(self) -> str:
+        return digest_of(self.manifest["outputs"])
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+
+@dataclass
+class Workplace:
+    """Where a running step works, and what it reports for its manifest."""
+
+    directory: Path
+    """The outputs."""
+    scratch: Path
+    """What only a continued run of this step needs."""
+    facts: dict[str, float] = field(default_factory=dict)
+    """Measured numbers for the manifest: tokens, samples, flops, model_seconds, ..."""
+
+    def add(self, **numbers: float) -> None:
+        for name, number in numbers.items():
+            self.facts[name] = self.facts.get(name, 0) + number
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is to be done: `run(config, inputs, workplace)` fills the workplace's directory.
+
+    `revision` is raised when the code's meaning changes, so that artifacts of older code are not reused.
+    """
+
+    name: str
+    run: Callable[[Any, Mapping[str, Artifact], Workplace], None]
+    config: Any
+    inputs: Mapping[str, Artifact] = field(default_factory=dict)
+    seed: int = 0
+    revision: int = 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        inputs = {name: artifact.fingerprint for name, artifact in self.inputs.items()}
+        config = _plain(self.config)
+        return {"step": self.name, "revision": self.revision, "config": config, "inputs": inputs, "seed": self.seed}
+
+    @property
+    def fingerprint(self) -> str:
+        return digest_of(self.identity)
+
+
+class Store:
+    """Runs steps under `root`; one directory a step. Safe for several processes on one file system."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).resolve()
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def path_of(self, step: Step) -> Path:
+        return self.root / f"{step.name}-{step.fingerprint}"
+
+    def find(self, step: Step) -> Artifact | None:
+        """The finished artifact of a step, or None. A damaged one is moved aside, so that it is made again."""
+        path = self.path_of(step)
+        if not path.is_dir():
+            return None
+        damage = self._damage(path)
+        if damage is None:
+            return Artifact(path, json.loads((path / MANIFEST).read_text()), cached=True)
+        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        path.rename(aside)
+        print(f"store: {path.name} is damaged ({damage}); moved to {aside.name}, the step runs again")
+        return None
+
+    def run(self, step: Step) -> Artifact:
+        """The step's artifact, made now unless it exists. Raises StoreError when the disk is full."""
+        with self._lock(step):
+            found = self.find(step)
+            return found if found else self._make(step)
+
+    def _make(self, step: Step) -> Artifact:
+        partial = self.path_of(step).with_suffix(".partial")
+        scratch = partial / SCRATCH
+        scratch.mkdir(parents=True, exist_ok=True)
+        workplace = Workplace(partial, scratch)
+        started = time.time()
+        try:
+            step.run(step.config, step.inputs, workplace)
+            manifest = {**step.identity, "fingerprint": step.fingerprint, "outputs": checksums(partial),
+                        "facts": {**workplace.facts, "seconds": time.time() - started}, **_environment()}  # fmt: skip
+            self._publish(partial, self.path_of(step), manifest)
+        except OSError as error:
+            if error.errno == 28:
+                raise StoreError(f"disk full while step {step.name} wrote to {partial}: free some space and run the "
+                                 "same command again; it continues") from error  # fmt: skip
+            raise
+        return Artifact(self.path_of(step), manifest, cached=False)
+
+    @staticmethod
+    def _publish(partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+        shutil.rmtree(partial / SCRATCH)
+        for file in partial.rglob("*"):
+            _fsync(file)
+        text = json.dumps(manifest, indent=1, sort_keys=True)
+        temporary = partial / f"{MANIFEST}.tmp"
+        temporary.write_text(text)
+        _fsync(temporary)
+        temporary.rename(partial / MANIFEST)
+        _fsync(partial)
+        partial.rename(final)
+        _fsync(final.parent)
+
+    @staticmethod
+    def _damage(path: Path) -> str | None:
+        """What is wrong with an artifact, or None."""
+        try:
+            expected = json.loads((path / MANIFEST).read_text())["outputs"]
+        except (OSError, ValueError, KeyError) as error:
+            return f"{MANIFEST}: {error}"
+        actual = checksums(path)
+        wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+        return f"{', '.join(wrong[:3])} changed, missing or added" if wrong else None
+
+    @contextmanager
+    def _lock(self, step: Step) -> Iterator[None]:
+        """One process at a time on one step; the kernel frees a dead owner's lock. The file names the owner."""
+        path = self.path_of(step).with_suffix(".lock")
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                print(f"store: waiting for {step.name}, which process {file.read().strip() or '?'} is running")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for library in RECORDED_LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return {"libraries": versions, "python": platform.python_version(), "machine": platform.machine()}
