@@ -94,4 +94,6 @@ _NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five 
 def normalize_answer(text: str) -> str:
     """Lower case, no punctuation at word ends, no articles, number words as digits (after VQAv2's evaluation)."""
     words = [word.strip(".,;:!?\"'()[]") for word in text.lower().split()]
-    return " ".join(_NUMBERS.get(word, word) for word in words if word and word not in _ARTICLES)
+    # An article that stands alone is no article: it is the option letter A.
+    content = [_NUMBERS.get(word, word) for word in words if word and word not in _ARTICLES]
+    return " ".join(content or filter(None, words))

@@ -98,6 +98,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _positive(self, "threads")
 
+    @property
+    def generation_dtype(self) -> str:
+        return "float32" if self.precision == "32-true" else "bfloat16"
+
+    @property
+    def torch_device(self) -> str:
+        import torch
+
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -231,6 +243,8 @@ class EvaluationConfig:
 
     suite: str = "embedded"
     """A suite in evals/suites/, or a path to a suite file."""
+    split: Literal["benchmark", "development"] = "benchmark"
+    """`development` while you choose thresholds and regimes; the benchmark is for the result alone."""
     batch_size: int = 128
     """Requests per batch."""
     max_new_tokens: int = 160
@@ -369,6 +383,18 @@ def load_as(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()
         return build(cls, values)
     except RecipeError as error:
         raise RecipeError(f"{file}: {error}") from None
+
+
+def build_overrides(cls: type[T], section: str, overrides: typing.Sequence[str]) -> T:
+    """One section from its defaults and a dotlist such as `curation.encoder=minilm`. Raises RecipeError."""
+    from omegaconf import OmegaConf
+
+    for override in overrides:
+        _require("=" in override, f"{override!r}: an override is key=value, for example {section}.{_keys(cls)[0]}=...")
+    values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    unknown = sorted(set(typing.cast(dict, values)) - {section})
+    _require(not unknown, f"{', '.join(unknown)}: only {section}.* keys apply here, such as {section}.{_keys(cls)[0]}")
+    return build(cls, typing.cast(dict, values).get(section, {}), section)
 
 
 def to_yaml(config: Any) -> str:

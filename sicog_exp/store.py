@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -67,6 +68,9 @@ def checksums(directory: Path) -> dict[str, str]:
     return {str(r): file_checksum(p) for p, r in relative if str(r) != MANIFEST and r.parts[0] != SCRATCH}
 
 
+Progress = Callable[[int, int], None]
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished step's directory. `fingerprint` names what it was made of, `content` hashes what it holds."""
@@ -83,6 +87,11 @@ class Artifact:
     @property
     def fingerprint(self) -> str:
         return self.manifest["fingerprint"]
+
+    @property
+    def facts(self) -> Mapping[str, float]:
+        """What the step measured while it ran: seconds, model_seconds, samples, tokens, flops, peak_mb."""
+        return self.manifest["facts"]
 
     @property
     def content(self) -> str:
@@ -102,6 +111,10 @@ class Workplace:
     """What only a continued run of this step needs."""
     facts: dict[str, float] = field(default_factory=dict)
     """Measured numbers for the manifest: tokens, samples, flops, model_seconds, ..."""
+    progress: Progress | None = None
+    """Called with (done, total) as the step advances."""
+    tracked_run: str = ""
+    """The tracking run that watches this step, empty without one."""
 
     def add(self, **numbers: float) -> None:
         for name, number in numbers.items():
@@ -151,27 +164,39 @@ class Store:
         damage = self._damage(path)
         if damage is None:
             return Artifact(path, json.loads((path / MANIFEST).read_text()), cached=True)
-        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        path.rename(aside)
-        print(f"store: {path.name} is damaged ({damage}); moved to {aside.name}, the step runs again")
+        self.set_aside(path, damage)
         return None
 
-    def run(self, step: Step) -> Artifact:
+    def set_aside(self, path: Path, reason: str) -> None:
+        """Move an artifact out of the way, so that its step runs again; nothing is deleted."""
+        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        path.rename(aside)
+        print(f"store: {path.name} is damaged ({reason}); moved to {aside.name}, the step runs again")
+
+    def check(self, name: str) -> bool:
+        """Whether the artifact directory `name` is whole; a damaged one is moved aside."""
+        path = self.root / name
+        damage = self._damage(path)
+        if damage and path.is_dir():
+            self.set_aside(path, damage)
+        return damage is None
+
+    def run(self, step: Step, progress: Progress | None = None, tracked_run: str = "") -> Artifact:
         """The step's artifact, made now unless it exists. Raises StoreError when the disk is full."""
         with self._lock(step):
-            found = self.find(step)
-            return found if found else self._make(step)
+            return self.find(step) or self._make(step, progress, tracked_run)
 
-    def _make(self, step: Step) -> Artifact:
+    def _make(self, step: Step, progress: Progress | None, tracked_run: str) -> Artifact:
         partial = self.path_of(step).with_suffix(".partial")
         scratch = partial / SCRATCH
         scratch.mkdir(parents=True, exist_ok=True)
-        workplace = Workplace(partial, scratch)
+        workplace = Workplace(partial, scratch, progress=progress, tracked_run=tracked_run)
         started = time.time()
         try:
             step.run(step.config, step.inputs, workplace)
+            measured = {"seconds": time.time() - started, "peak_mb": _peak_mb()}
             manifest = {**step.identity, "fingerprint": step.fingerprint, "outputs": checksums(partial),
-                        "facts": {**workplace.facts, "seconds": time.time() - started}, **_environment()}  # fmt: skip
+                        "facts": {**workplace.facts, **measured}, "made_by": tracked_run, **_environment()}  # fmt: skip
             self._publish(partial, self.path_of(step), manifest)
         except OSError as error:
             if error.errno == 28:
@@ -228,6 +253,11 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _peak_mb() -> float:
+    """The process's largest resident memory so far, in MB (Linux counts it in KB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def _environment() -> dict[str, Any]:

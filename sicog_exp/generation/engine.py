@@ -58,7 +58,9 @@ class Engine(Protocol):
         """
         ...
 
-    def log_likelihood(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[tuple[float, int, bool]]:
+    def log_likelihood(
+        self, requests: Sequence[Request], continuations: Sequence[str]
+    ) -> list[tuple[float, int, bool]]:
         """For each request the continuation's summed log-probability (nats), its number of tokens, and whether it is
         the greedy continuation."""
         ...

@@ -1,0 +1,130 @@
+"""Candidates per second of our engine against `generate(num_return_sequences=N)`, same model, same batches, in turns.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling.py [--model DIR] [--images 32] [--threads 1]
+
+Both sides open the same images, apply the same chat template and decode the same number of candidates to text. They
+take turns in one process (A B A B ...), so that load from elsewhere falls on both; the ratio is the median of pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sicog_exp.data.chat import to_chat
+from sicog_exp.data.questions import questions
+from sicog_exp.data.scenes import make_scene, render, rng_for
+from sicog_exp.generation.engine import Decoding, Request
+from sicog_exp.generation.transformers_engine import TransformersEngine
+from sicog_exp.prompts import prompt
+from sicog_exp.records import user
+
+SHIPPED = Path(__file__).parents[1] / "sicog_exp" / "models" / "base"
+SEED = 11
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of a model; the shipped base, else random weights")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16, help="requests per batch, on both sides")
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--kind", choices=("cod", "dd", "cot", "direct"), default="cot")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def random_model(folder: Path) -> Path:
+    """Untrained weights in the embedded shape: no answer ends early, so the ratio is a lower bound (about 1.4)."""
+    from sicog_exp.models.embedded import build_model, build_processor, build_tokenizer
+
+    tokenizer = build_tokenizer([" ".join(map(str, range(300)))], 400)
+    build_model(tokenizer, width=128, vision_layers=3, language_layers=4, heads=4, patch_size=18,
+                max_length=1024).save_pretrained(folder)  # fmt: skip
+    build_processor(tokenizer, 18, [0.5] * 3, [0.25] * 3).save_pretrained(folder)
+    return folder
+
+
+def make_requests(folder: Path, options: argparse.Namespace) -> list[Request]:
+    requests = []
+    for i in range(options.images):
+        scene, path = make_scene(SEED, "development", i), folder / f"{i}.png"
+        Image.fromarray(render(scene, SEED)).save(path)
+        question = questions(scene, rng_for(SEED, "development", i, "sampling"), 1)[0]
+        message = user(prompt(options.kind, question.text), 1)
+        requests.append(Request(scene.id, options.kind, (message,), (path,), options.candidates))
+    return requests
+
+
+def ours(engine: TransformersEngine, requests: Sequence[Request], decoding: Decoding) -> list[int]:
+    """Lengths of the candidates drawn by our engine."""
+    return [candidate.tokens for batch in engine.sample(requests, decoding) for candidate in batch]
+
+
+@torch.inference_mode()
+def generate(engine: TransformersEngine, requests: Sequence[Request], decoding: Decoding) -> list[int]:
+    """Lengths of the candidates drawn by transformers' `generate` over the same batches."""
+    processor, stops = engine.encoder.processor, engine.stops.tolist()
+    lengths: list[int] = []
+    for batch in engine.plan(requests, decoding):
+        texts = [processor.apply_chat_template(to_chat(r.messages), add_generation_prompt=True, tokenize=False)
+                 for r in batch]  # fmt: skip
+        images = [Image.open(r.images[0]).convert("RGB") for r in batch]
+        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        output = engine.model.generate(
+            **inputs, do_sample=True, temperature=decoding.temperature, top_p=decoding.top_p, top_k=0,
+            max_new_tokens=decoding.max_new_tokens, num_return_sequences=batch[0].count, eos_token_id=stops,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )[:, inputs["input_ids"].shape[1] :]  # type: ignore[operator]  # fmt: skip
+        processor.tokenizer.batch_decode(output, skip_special_tokens=True)
+        lengths += ((torch.isin(output, engine.stops).cumsum(1) == 0).sum(1) + 1).tolist()
+    return lengths
+
+
+def timed(sample: Callable[..., list[int]], *inputs: object) -> tuple[float, list[int]]:
+    start = time.perf_counter()
+    lengths = sample(*inputs)
+    return len(lengths) / (time.perf_counter() - start), lengths
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = options.model or (SHIPPED if SHIPPED.exists() else random_model(folder / "model"))
+        engine = TransformersEngine.from_path(source)
+        requests = make_requests(folder, options)
+        sides = {"ours": ours, "generate": generate}
+        rates: dict[str, list[float]] = {side: [] for side in sides}
+        for i in range(options.rounds + 1):
+            # another seed each round, so that one long straggler does not decide
+            decoding = Decoding(options.temperature, options.top_p, options.max_new_tokens, SEED + i, options.batch)
+            torch.manual_seed(SEED + i)
+            for side, sample in sides.items():
+                rate, lengths = timed(sample, engine, requests, decoding)
+                if i:  # the first round warms up
+                    rates[side].append(rate)
+                else:
+                    print(f"{side:9s} mean {np.mean(lengths):.1f}, longest {max(lengths)} new tokens")
+    ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["generate"], strict=True))
+    print(f"model {source}, {options.images} images x {options.candidates}, batch {options.batch}")
+    for side, values in rates.items():
+        print(f"{side:9s} {statistics.median(values):8.1f} candidates/s")
+    print(f"ratio     {ratio:8.2f}")
+
+
+if __name__ == "__main__":
+    main()

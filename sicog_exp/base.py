@@ -1,0 +1,230 @@
+"""Train the embedded base: vision pre-training, language pre-training, alignment, instruction tuning.
+
+Run once, shipped in the package (`sicog_exp/models/base`); `sicog base experiments/base.yaml` makes it again with the
+same steps and store. The base learns to see and to reason over text, never to answer a benchmark family about an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sicog_exp.data import questions
+from sicog_exp.data.scenes import make_scene, render, rng_for
+from sicog_exp.prompts import prompt
+from sicog_exp.recipe import ModelConfig, StageConfig
+from sicog_exp.records import Message, user
+from sicog_exp.store import Artifact, Step, Store, Workplace
+
+if TYPE_CHECKING:
+    from sicog_exp.data.chat import ChatEncoder
+    from sicog_exp.data.mixture import Row
+
+MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class ShapeConfig:
+    """The model's size."""
+
+    vocab_size: int = 768
+    """Entries of the byte-level BPE, before the step headers."""
+    width: int = 128
+    """Hidden size of tower and language model."""
+    vision_layers: int = 3
+    """Layers of the CLIP-ViT."""
+    language_layers: int = 4
+    """Layers of the Qwen2 decoder."""
+    heads: int = 4
+    """Attention heads of both."""
+    patch_size: int = 18
+    """Pixels of a patch's side; a 72 pixel image gives (72 / patch_size)^2 tokens."""
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """The embedded base's training."""
+
+    seed: int = 0
+    """Seed of weights, data order and scenes."""
+    store: str = "store"
+    """Folder of the step store."""
+    turns: int = 6
+    """Questions asked about each image."""
+    text_share: float = 0.3
+    """Share of text-only rows in instruction tuning."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    vision: StageConfig = field(default_factory=StageConfig)
+    language: StageConfig = field(default_factory=StageConfig)
+    align: StageConfig = field(default_factory=StageConfig)
+    instruct: StageConfig = field(default_factory=StageConfig)
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """What one base stage depends on."""
+
+    stage: StageConfig
+    model: ModelConfig
+    text_share: float = 0.0
+    turns: int = 6
+
+
+class SceneTurns:
+    """An endless stream of scenes, each with several simple questions in one conversation."""
+
+    name, rows = "scenes", None
+
+    def __init__(self, seed: int, turns: int, encoder: ChatEncoder) -> None:
+        self._seed, self._turns, self._encoder = seed, turns, encoder
+
+    def row(self, index: int) -> Row:
+        from sicog_exp.data.mixture import Row
+
+        scene = make_scene(self._seed, "base", index)
+        pixels = self._encoder.pixels([render(scene, self._seed)])
+        turns = questions.base_turns(scene, rng_for(self._seed, "base", index, "turns"), self._turns)
+        messages = turn_messages(turns, images=1)
+        return Row(self._encoder.example(messages, pixels, MAX_LENGTH), pixels, self.name)
+
+
+class TextTurns:
+    """An endless stream of text-only facts and reasoning over listings."""
+
+    name, rows = "text", None
+
+    def __init__(self, seed: int, encoder: ChatEncoder) -> None:
+        self._seed, self._encoder = seed, encoder
+
+    def row(self, index: int) -> Row:
+        from sicog_exp.data.mixture import Row
+
+        scene = make_scene(self._seed + 1, "base", index)
+        turns = questions.text_turns(scene, rng_for(self._seed + 1, "base", index, "text"))
+        return Row(self._encoder.example(turn_messages(turns, images=0), None, MAX_LENGTH), None, self.name)
+
+
+def turn_messages(turns: list[tuple[str, str]], images: int) -> tuple[Message, ...]:
+    """(question, answer) turns as one conversation, its images in front."""
+    messages: list[Message] = []
+    for i, (question, answer) in enumerate(turns):
+        messages += [user(question, images if i == 0 else 0), Message("assistant", answer)]
+    return tuple(messages)
+
+
+def corpus(seed: int, scenes: int = 3000) -> Iterator[str]:
+    """Text from which the tokenizer learns its words: all kinds of the world's text, on base scenes."""
+    for index in range(scenes):
+        scene = make_scene(seed, "base", index)
+        rng = rng_for(seed, "base", index, "corpus")
+        for question, answer in questions.text_turns(scene, rng) + questions.base_turns(scene, rng, 4):
+            yield f"user\n{question}"
+            yield f"assistant\n{answer}"
+        yield questions.chain_of_description(scene)
+        yield f"{prompt('cod')}{prompt('dd')}"
+        for asked in questions.questions(scene, rng, 3):
+            yield questions.chain_of_thought(scene, asked)
+            yield f"{prompt('cot', asked.text)}{prompt('direct', asked.text)}"
+
+
+def initialise(config: ShapeConfig, inputs: Mapping[str, Artifact], workplace: Workplace, seed: int) -> None:
+    """Tokenizer, processor and random weights; pixels are normalised by the mean and spread of base scenes."""
+    import numpy as np
+    import torch
+
+    from sicog_exp.models import embedded
+    from sicog_exp.models.loading import save_model
+
+    torch.manual_seed(seed)
+    tokenizer = embedded.build_tokenizer(corpus(seed), config.vocab_size)
+    pixels = np.stack([render(make_scene(seed, "base", i), seed) for i in range(256)]).reshape(-1, 3) / 255
+    mean, std = ([round(float(x), 4) for x in values] for values in (pixels.mean(0), pixels.std(0)))
+    processor = embedded.build_processor(tokenizer, config.patch_size, mean, std)
+    model = embedded.build_model(
+        tokenizer, width=config.width, vision_layers=config.vision_layers, language_layers=config.language_layers,
+        heads=config.heads, patch_size=config.patch_size, max_length=MAX_LENGTH)  # fmt: skip
+    save_model(model, processor, workplace.directory)
+
+
+def _load(artifact: Artifact) -> tuple[Any, Any]:
+    from sicog_exp.models.loading import ModelSource, load_model
+
+    return load_model(ModelSource(str(artifact.path)))
+
+
+def pretrain_vision(task: StageTask, inputs: Mapping[str, Artifact], workplace: Workplace, seed: int) -> None:
+    """Dense vision pre-training; the language model is left as it is."""
+    import torch
+
+    from sicog_exp.models.loading import save_model
+    from sicog_exp.training.fit import StageData, fit
+    from sicog_exp.training.vision import SceneCells, VisionPretraining
+
+    torch.manual_seed(seed)
+    model, processor = _load(inputs["model"])
+    module = VisionPretraining(model.model.vision_tower, task.stage)
+
+    def pixels(images):
+        return processor.image_processor(images=images, return_tensors="pt")
+
+    fit(module, StageData(SceneCells(seed, task.stage.batch_size, pixels)), task.model, workplace, seed)
+    save_model(model, processor, workplace.directory)
+
+
+def train_language(task: StageTask, inputs: Mapping[str, Artifact], workplace: Workplace, seed: int) -> None:
+    """Next-token training on scenes' simple turns and text-only rows; `language` takes text alone."""
+    from sicog_exp.data.chat import ChatEncoder
+    from sicog_exp.data.mixture import Mixture
+    from sicog_exp.models.loading import save_model
+    from sicog_exp.training.fit import StageData, StepBatches, fit
+    from sicog_exp.training.modules import SupervisedFineTuning
+
+    model, processor = _load(inputs["model"])
+    if "vision" in inputs:
+        seeing, _ = _load(inputs["vision"])
+        model.model.vision_tower.load_state_dict(seeing.model.vision_tower.state_dict())
+    encoder = ChatEncoder(processor)
+    scenes, text = SceneTurns(seed, task.turns, encoder), TextTurns(seed, encoder)
+    mixture = Mixture([(scenes, 1 - task.text_share), (text, task.text_share)], seed)
+    batches = StepBatches(mixture, task.stage.batch_size, task.stage.micro_batch_size, processor.tokenizer.pad_token_id)
+    module = SupervisedFineTuning(model, task.stage)
+    fit(module, StageData(batches), task.model, workplace, seed)
+    save_model(model, processor, workplace.directory)
+
+
+def _seeded(function, seed: int):
+    return lambda config, inputs, workplace: function(config, inputs, workplace, seed)
+
+
+def base_steps(recipe: BaseRecipe, store: Store, until: str = "instruct") -> dict[str, Artifact]:
+    """Run the base's steps up to `until`: initial, vision, language, align, instruct."""
+    seed = recipe.seed
+    done = {"initial": store.run(Step("base-initial", _seeded(initialise, seed), recipe.shape, seed=seed))}
+
+    def run(name: str, function, task: StageTask, **inputs: Artifact) -> None:
+        done[name] = store.run(Step(f"base-{name}", _seeded(function, seed), task, inputs, seed))
+
+    one_thread = replace(recipe.model, threads=1)
+    if until != "language":
+        run("vision", pretrain_vision, StageTask(recipe.vision, one_thread), model=done["initial"])
+    if until != "vision":
+        run("language", train_language, StageTask(recipe.language, one_thread, 1.0), model=done["initial"])
+    if until in ("align", "instruct"):
+        run("align", train_language, StageTask(recipe.align, recipe.model, 0.0, recipe.turns),
+            model=done["language"], vision=done["vision"])  # fmt: skip
+    if until == "instruct":
+        run("instruct", train_language, StageTask(recipe.instruct, recipe.model, recipe.text_share, recipe.turns),
+            model=done["align"])  # fmt: skip
+    return done
+
+
+def publish(artifact: Artifact, folder: Path) -> None:
+    """Copy the finished base where the package ships it."""
+    import shutil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in artifact.manifest["outputs"]:
+        shutil.copyfile(artifact / name, folder / name)

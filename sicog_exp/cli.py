@@ -1,0 +1,133 @@
+"""The commands: parsing and printing only. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DEFAULT_RECIPE = "experiments/embedded.yaml"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sicog", description="Run, measure and compare self-improving multimodal LLM experiments (SIcog).")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _recipe_command(commands, "iterate", DEFAULT_RECIPE, "run a recipe: develop, generate, curate, pre-train, instruct, evaluate",
+                    "Runs a recipe, or continues it where it was killed; a finished run is a no-op.")
+    _recipe_command(commands, "base", "experiments/base.yaml", "train the embedded base model again",
+                    "Trains the embedded base from nothing and writes it to --publish.")
+    commands.choices["base"].add_argument("--publish", type=Path, help="folder for the finished model (default: none)")
+    curate = commands.add_parser("curate", help="curate any file of candidates by self-consistency", description=(
+        "Reads rows {id, kind, prompt, image, candidates} and writes curated.jsonl, scores.jsonl, preferences.jsonl, "
+        "rejected.jsonl and summary.json."))
+    curate.add_argument("--candidates", type=Path, required=True, help="JSONL file of rows with candidates")
+    curate.add_argument("--out", type=Path, required=True, help="folder for the results")
+    curate.add_argument("overrides", nargs="*", help="such as curation.encoder=minilm curation.caption_threshold=0.9")
+    ui = commands.add_parser("ui", help="open the MLflow UI on 127.0.0.1")
+    ui.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
+    return parser
+
+
+def _recipe_command(commands, name: str, default: str, summary: str, description: str) -> None:
+    command = commands.add_parser(name, help=summary, description=description)
+    command.add_argument("recipe", nargs="?", default=default, help=f"YAML file (default: {default})")
+    command.add_argument("overrides", nargs="*", help="keys to change, such as seed=1 curation.caption_threshold=0.9")
+    command.add_argument("--overrides", dest="more", default="", metavar="'A=1 B=2'", help="the same as one argument")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script. Errors that a user can mend are one message, without a traceback; status 2."""
+    args = build_parser().parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return {"iterate": _iterate, "base": _base, "curate": _curate, "ui": _ui}[args.command](args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_for_users(error):
+            raise
+        print(f"sicog {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Whether the error is one of ours, written for people; anything else is a defect and keeps its traceback."""
+    return type(error).__module__.startswith("sicog_exp.")
+
+
+def _overrides(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The recipe's path and all overrides; `sicog iterate a.b=1` means the default recipe."""
+    given = [*args.overrides, *shlex.split(args.more)]
+    if "=" in args.recipe:
+        return DEFAULT_RECIPE, [args.recipe, *given]
+    return args.recipe, given
+
+
+def _iterate(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sicog_exp.recipe import load
+
+    recipe = load(*_overrides(args))
+    quiet_libraries()
+    from sicog_exp.experiment import run_experiment
+
+    run_experiment(recipe, Console(soft_wrap=True))
+    return 0
+
+
+def _base(args: argparse.Namespace) -> int:
+    from sicog_exp.base import BaseRecipe, base_steps, publish
+    from sicog_exp.recipe import load_as
+    from sicog_exp.store import Store
+
+    recipe = load_as(BaseRecipe, *_overrides(args))
+    quiet_libraries()
+    model = base_steps(recipe, Store(recipe.store))["instruct"]
+    if args.publish:
+        publish(model, args.publish)
+    print(f"base model: {args.publish or model.path}")
+    return 0
+
+
+def _curate(args: argparse.Namespace) -> int:
+    from sicog_exp.curation.files import curate_file
+    from sicog_exp.recipe import CurationConfig, build_overrides
+
+    summary = curate_file(args.candidates, args.out, build_overrides(CurationConfig, "curation", args.overrides))
+    print(f"kept {summary['kept']} of {summary['items']} items; {summary['rejected_rows']} rows set aside; see {args.out}")
+    return 0
+
+
+def _ui(args: argparse.Namespace) -> int:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(args.port)]
+    os.execv(sys.executable, command)
+
+
+def quiet_libraries() -> None:
+    """Our progress instead of other libraries' bars, tips and notices."""
+    import logging
+    import warnings
+
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "MLFLOW_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in ("lightning.pytorch", "lightning.fabric", "mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

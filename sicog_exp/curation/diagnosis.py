@@ -1,0 +1,208 @@
+"""How good is what curation chose? Candidates against the truth of unlabeled items, where their source knows it.
+
+The truth is used for diagnosis only: it is read after curation, from a finished artifact, and nothing that is computed
+here chooses, keeps or trains on a candidate.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sicog_exp.curation.curate import GROUPS, Group
+from sicog_exp.prompts import Kind, final_text, normalize_answer
+from sicog_exp.records import read_jsonl
+
+QUALITY_NAMES: dict[Group, str] = {"caption": "precision", "reasoning": "right"}
+"""What a candidate's quality means in each group."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the source knows of one unlabeled item: its answer, or its description."""
+
+    text: str
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A candidate's quality in [0, 1]. Answers: 1 if right, precision = recall.
+
+    Captions: stated things are compared as a multiset of comma-separated phrases; `precision` (the share of them that
+    is true) is the quality that is reported, `recall` the share of true things that are stated.
+    """
+
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate of one item; what needs its truth is None where that is unknown.
+
+    `random` is the mean quality of the item's valid candidates: what a random choice gets in expectation. `unanimous`:
+    do all of two or more valid answers agree (None for captions and for fewer answers)?
+    """
+
+    score: float
+    kept: bool
+    family: str = ""
+    quality: Quality | None = None
+    random: float | None = None
+    unanimous: bool | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One group of one iteration. Means are None where there is nothing to average; qualities are precision.
+
+    `items` counts all items, `choices` those with a valid candidate, `known` the items whose truth is known.
+    """
+
+    group: Group
+    items: int
+    known: int
+    choices: tuple[Choice, ...]
+
+    @property
+    def quality_name(self) -> str:
+        return QUALITY_NAMES[self.group]
+
+    @property
+    def kept(self) -> int:
+        return sum(choice.kept for choice in self.choices)
+
+    @property
+    def keep_rate(self) -> float | None:
+        return self.kept / self.items if self.items else None
+
+    @property
+    def mean_score(self) -> float | None:
+        """Mean score of all chosen candidates, kept or not."""
+        return _mean(choice.score for choice in self.choices)
+
+    @property
+    def precision_random(self) -> float | None:
+        """Expected quality of a random valid candidate of each item."""
+        return _mean(choice.random for choice in self.choices)
+
+    @property
+    def precision_chosen(self) -> float | None:
+        """Quality over all items: against `precision_random` it says what choosing alone brings."""
+        return _precision(self.choices)
+
+    @property
+    def precision_kept(self) -> float | None:
+        return _precision(choice for choice in self.choices if choice.kept)
+
+    @property
+    def recall_kept(self) -> float | None:
+        return _mean(choice.quality.recall for choice in self.choices if choice.kept and choice.quality)
+
+    @property
+    def precision_by_family(self) -> dict[str, float]:
+        """Quality of the kept items of each question family."""
+        families: dict[str, list[Choice]] = defaultdict(list)
+        for choice in self.choices:
+            if choice.kept and choice.family:
+                families[choice.family].append(choice)
+        means = {family: _precision(choices) for family, choices in sorted(families.items())}
+        return {family: mean for family, mean in means.items() if mean is not None}
+
+    @property
+    def unanimous_share(self) -> float | None:
+        """Share of unanimous questions among those with two or more valid answers."""
+        return _mean(choice.unanimous for choice in self.choices)
+
+    @property
+    def unanimous_precision(self) -> float | None:
+        """How many of the unanimous answers are right: where it falls, sureness outgrows correctness."""
+        return _precision(choice for choice in self.choices if choice.unanimous)
+
+
+def diagnose(curated: Path, data: Path) -> dict[Group, Diagnosis]:
+    """The groups that a curation artifact holds, judged by the data artifact's `truth.jsonl`.
+
+    Where a truth is unknown (a user's own images) only scores and keep rates remain.
+    """
+    truths = read_truth(data)
+    valid = valid_positions(curated)
+    verdicts = {row["id"]: row for row in read_jsonl(curated / "curated.jsonl")}
+    choices: dict[Group, list[Choice]] = {group: [] for group in GROUPS}
+    items = Counter(verdict["kind"] for verdict in verdicts.values())
+    known = Counter(verdict["kind"] for id, verdict in verdicts.items() if id in truths)
+    for row in read_jsonl(curated / "pool.jsonl"):
+        verdict = verdicts.get(row["id"])  # none where curation could not use the row
+        if verdict is not None and verdict["chosen"] is not None:
+            candidates = [row["candidates"][at] for at in valid[row["id"]]]
+            choices[row["kind"]].append(_choice(verdict, candidates, truths.get(row["id"])))
+    return {group: Diagnosis(group, items[group], known[group], tuple(choices[group]))
+            for group in GROUPS if items[group]}  # fmt: skip
+
+
+def read_truth(data: Path) -> dict[str, Truth]:
+    """Item id -> what the data artifact's `truth.jsonl` knows of it."""
+    return {row["id"]: Truth(row["answer"] if "answer" in row else row["description"], row["family"])
+            for row in read_jsonl(data / "truth.jsonl")}  # fmt: skip
+
+
+def valid_positions(curated: Path) -> dict[str, list[int]]:
+    """Item id -> positions, within its pool row, of the candidates that curation scored."""
+    valid: dict[str, list[int]] = defaultdict(list)
+    for row in read_jsonl(curated / "scores.jsonl"):
+        if row["score"] is not None:
+            valid[row["id"]].append(row["position"])
+    return dict(valid)
+
+
+def quality(group: Group, final: str, truth: str) -> Quality:
+    """A final text (answer or description) against the truth."""
+    if group == "reasoning":
+        right = float(normalize_answer(final) == normalize_answer(truth))
+        return Quality(right, right)
+    stated, true = _phrases(final), _phrases(truth)
+    both = (stated & true).total()
+    return Quality(both / max(stated.total(), 1), both / max(true.total(), 1))
+
+
+def final_of(kind: Kind, text: str) -> str:
+    """What curation compared of a valid candidate: without `require_format` a broken one counts as a whole."""
+    return final_text(kind, text) or text.strip()
+
+
+def _choice(verdict: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], truth: Truth | None) -> Choice:
+    """Judge one item; equal final texts are judged once."""
+    group: Group = verdict["kind"]
+    finals = Counter(final_of(candidate["kind"], candidate["text"]) for candidate in candidates)
+    unanimous = _unanimous(finals) if group == "reasoning" else None
+    if truth is None:
+        return Choice(verdict["score"], verdict["kept"], unanimous=unanimous)
+    judged = {final: quality(group, final, truth.text) for final in finals}
+    random = sum(judged[final].precision * count for final, count in finals.items()) / finals.total()
+    chosen = judged[final_of(verdict["chosen_kind"], verdict["chosen"])]
+    return Choice(verdict["score"], verdict["kept"], truth.family, chosen, random, unanimous)
+
+
+def _unanimous(finals: Counter[str]) -> bool | None:
+    return len({normalize_answer(final) for final in finals}) == 1 if finals.total() > 1 else None
+
+
+def _phrases(text: str) -> Counter[str]:
+    """The stated things of a description: comma-separated phrases such as "red dog top-left"."""
+    parts = (" ".join(part.lower().split()).strip(" .") for part in text.split(","))
+    return Counter(part for part in parts if part)
+
+
+def _precision(choices: Iterable[Choice]) -> float | None:
+    return _mean(choice.quality.precision for choice in choices if choice.quality)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the known values, None where there are none."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

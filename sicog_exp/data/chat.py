@@ -1,0 +1,134 @@
+"""Chat template and label mask: the one way from messages to tokens, for training, generation and evaluation.
+
+The conversation is cut where the assistant begins and ends to speak, and each piece is tokenized by itself, so that a
+prompt has the same tokens in training as in generation, whatever the tokenizer would merge across the boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sicog_exp.records import IMAGE_PLACEHOLDER, Message
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+IGNORED = -100
+"""Label of a position without loss."""
+
+
+class ChatError(ValueError):
+    """A conversation that this model's template or length limit cannot carry."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized conversation; `labels` are IGNORED outside responses. Both have the same length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def to_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages in the form that processors' chat templates take: content as text and image parts."""
+    return [{"role": m.role, "content": _parts(m.content)} for m in messages]
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for i, text in enumerate(content.split(IMAGE_PLACEHOLDER)):
+        if i:
+            parts.append({"type": "image"})
+            text = text.removeprefix("\n")
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+class ChatEncoder:
+    """Tokens of conversations for one processor."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_token: str = processor.image_token
+
+    def pixels(self, images: Sequence[Image]) -> Mapping[str, torch.Tensor]:
+        """The processor's image tensors for one example's images (for LLaVA: pixel_values (images, 3, H, W))."""
+        return self.processor.image_processor(images=list(images), return_tensors="pt")
+
+    def prompt(self, messages: Sequence[Message], image_inputs: Mapping[str, Any] | None) -> list[int]:
+        """Tokens up to where the assistant begins to speak."""
+        text = self._render(messages, generation=True)
+        return self._tokens(self._expand([text], image_inputs)[0])
+
+    def example(self, messages: Sequence[Message], image_inputs: Mapping[str, Any] | None, max_length: int) -> Example:
+        """A whole conversation with its label mask: loss on every assistant turn and its end, nowhere else.
+
+        Raises ChatError when the prompt alone, image tokens included, does not fit; a longer response is cut at its end.
+        """
+        pieces = self._pieces(messages)
+        if not pieces:
+            raise ChatError("the conversation has no response to learn from")
+        texts = self._expand([text for text, _ in pieces], image_inputs)
+        ids: list[int] = []
+        labels: list[int] = []
+        for text, (_, trained) in zip(texts, pieces, strict=True):
+            tokens = self._tokens(text)
+            ids += tokens
+            labels += tokens if trained else [IGNORED] * len(tokens)
+        first_response = next(i for i, label in enumerate(labels) if label != IGNORED)
+        if first_response >= max_length:
+            raise ChatError(f"the prompt has {first_response} tokens, images included; max_length is {max_length}")
+        self._check_images_kept(ids, max_length)
+        return Example(ids[:max_length], labels[:max_length])
+
+    def _check_images_kept(self, ids: list[int], max_length: int) -> None:
+        image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        if image_id in ids[max_length:]:
+            raise ChatError(f"max_length={max_length} would cut image tokens of a {len(ids)} token conversation")
+
+    def _pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+        """(text, trained) pieces whose concatenation is the rendered conversation up to its last end of turn."""
+        pieces: list[tuple[str, bool]] = []
+        done = ""
+        for i, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before = self._render(messages[:i], generation=True)
+            after = self._render(messages[: i + 1], generation=False)
+            if not before.startswith(done) or not after.startswith(before):
+                raise ChatError("the chat template rewrites earlier turns: a label mask cannot be made for it")
+            response = self._to_end_of_turn(after[len(before) :])
+            pieces += [(before[len(done) :], False), (response, True)]
+            done = before + response
+        return pieces
+
+    def _to_end_of_turn(self, text: str) -> str:
+        """A response with its end-of-turn token and without what the template writes behind it."""
+        end = self.tokenizer.eos_token
+        return text[: text.rindex(end) + len(end)] if end in text else text.rstrip("\n") + end
+
+    def _render(self, messages: Sequence[Message], generation: bool) -> str:
+        return self.processor.apply_chat_template(to_chat(messages), add_generation_prompt=generation, tokenize=False)
+
+    def _expand(self, texts: Sequence[str], image_inputs: Mapping[str, Any] | None) -> list[str]:
+        """Each image placeholder becomes as many image tokens as the model will fill, counted over all texts."""
+        index = 0
+        expanded = []
+        for text in texts:
+            head, *rest = text.split(self.image_token)
+            for part in rest:
+                head += self.processor.replace_image_token(image_inputs, index) + part
+                index += 1
+            expanded.append(head)
+        return expanded
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)

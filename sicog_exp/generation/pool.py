@@ -1,0 +1,175 @@
+"""The candidate pool of an iteration: sampled batch by batch, one atomic shard each, merged into one file.
+
+A killed generation continues with the batches whose shard is missing or damaged; the merged file has the same bytes
+whatever was resumed, and holds every requested candidate exactly once or is not written at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sicog_exp.generation.engine import Decoding, Engine, Request
+from sicog_exp.generation.requests import Key, check_requests, keys_of
+from sicog_exp.records import Candidate, RecordError, candidate_from, candidate_row
+
+Progress = Callable[[int, int], None]
+"""Called with (candidates present, candidates requested) after each batch, sampled or found."""
+
+
+class PoolError(RuntimeError):
+    """A pool that does not hold every requested candidate exactly once."""
+
+
+class PoolEngine(Engine, Protocol):
+    """What a pool needs of an engine beyond sampling."""
+
+    prefilled_tokens: int
+    """Prompt tokens computed so far."""
+
+    def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
+        """The batches of `sample`; planning one of them alone gives it back."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A finished batch: what was asked (as a digest), what it cost, what came out."""
+
+    asked: str
+    prompt_tokens: int
+    seconds: float
+    candidates: list[Candidate]
+
+
+def generate_pool(engine: PoolEngine, requests: Sequence[Request], decoding: Decoding, scratch: Path, out: Path,
+                  progress: Progress | None = None) -> dict[str, Any]:  # fmt: skip
+    """Sample `requests` into the file `out` (`candidates.jsonl`), by way of shards in `scratch`.
+
+    `scratch` belongs to one model, set of requests and decoding: shards that answer other requests are drawn again,
+    but another model's cannot be told. Returns samples, candidates, new_tokens, prompt_tokens and seconds.
+    """
+    check_requests(requests)
+    if not requests:
+        raise PoolError("nothing to sample: no request was given; check the unlabeled data and the candidate counts")
+    scratch.mkdir(parents=True, exist_ok=True)
+    shards: list[_Shard] = []
+    total, done = sum(request.count for request in requests), 0
+    for number, batch in enumerate(engine.plan(requests, decoding)):
+        path = scratch / f"batch-{number:05d}.jsonl"
+        shard = _read_shard(path, _digest(batch, decoding)) or _sample_shard(engine, batch, decoding, path)
+        shards.append(shard)
+        done += len(shard.candidates)
+        if progress:
+            progress(done, total)
+    merge(requests, (candidate for shard in shards for candidate in shard.candidates), out)
+    return _facts(requests, shards)
+
+
+def merge(requests: Sequence[Request], candidates: Iterable[Candidate], out: Path) -> int:
+    """Write all candidates in the order of requests, kinds and indices. Raises PoolError unless each occurs once."""
+    wanted = [key for request in requests for key in keys_of(request)]
+    found: dict[Key, Candidate] = {}
+    counts: Counter[Key] = Counter()
+    for candidate in candidates:
+        found[candidate.key] = candidate
+        counts[candidate.key] += 1
+    _check_complete(wanted, counts)
+    _write_atomic(out, [_line(candidate_row(found[key])) for key in _ordered(requests)])
+    return len(wanted)
+
+
+def _check_complete(wanted: Sequence[Key], counts: Mapping[Key, int]) -> None:
+    if not wanted or not counts:
+        raise PoolError(f"{len(counts)} candidates for {len(wanted)} requested: an empty pool is never written")
+    problems = {
+        "missing": [key for key in wanted if key not in counts],
+        "doubled": [key for key, times in counts.items() if times > 1],
+        "not requested": list(counts.keys() - set(wanted)),
+    }
+    shown = [f"{len(keys)} {what}, such as {min(keys)}" for what, keys in problems.items() if keys]
+    if shown:
+        raise PoolError(f"of {len(wanted)} requested candidates: {'; '.join(shown)}")
+
+
+def _ordered(requests: Sequence[Request]) -> list[Key]:
+    """Keys by first mention of their sample, then kind, then index."""
+    place = {sample_id: i for i, sample_id in reversed(list(enumerate(request.sample_id for request in requests)))}
+    keys = (key for request in requests for key in keys_of(request))
+    return sorted(keys, key=lambda key: (place[key[0]], key[1], key[2]))
+
+
+def _sample_shard(engine: PoolEngine, batch: Sequence[Request], decoding: Decoding, path: Path) -> _Shard:
+    start, before = time.perf_counter(), engine.prefilled_tokens
+    candidates = [candidate for part in engine.sample(batch, decoding) for candidate in part]
+    _check_complete([key for request in batch for key in keys_of(request)], Counter(c.key for c in candidates))
+    seconds = time.perf_counter() - start
+    shard = _Shard(_digest(batch, decoding), engine.prefilled_tokens - before, seconds, candidates)
+    header = {"asked": shard.asked, "prompt_tokens": shard.prompt_tokens, "seconds": seconds}
+    lines = [_line(candidate_row(candidate)) for candidate in candidates]
+    _write_atomic(path, [_line({**header, "content": _checksum(lines)}), *lines])
+    return shard
+
+
+def _read_shard(path: Path, asked: str) -> _Shard | None:
+    """A finished batch, or None where it is missing, damaged or answers something else."""
+    if not path.exists():
+        return None
+    try:
+        head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        header = json.loads(head)
+        if header["asked"] != asked or header["content"] != _checksum(lines):
+            return None
+        candidates = [candidate_from(json.loads(line)) for line in lines]
+        return _Shard(asked, header["prompt_tokens"], header["seconds"], candidates)
+    except (ValueError, KeyError, TypeError, RecordError):
+        return None
+
+
+def _digest(batch: Sequence[Request], decoding: Decoding) -> str:
+    """What a shard answers. Images count by name alone: a pool moved with its data is still the same."""
+    asked = [[*keys_of(r), [asdict(m) for m in r.messages], [path.name for path in r.images]] for r in batch]
+    return hashlib.sha256(json.dumps([asked, asdict(decoding)], sort_keys=True).encode()).hexdigest()
+
+
+def _checksum(lines: Sequence[str]) -> str:
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _line(row: dict[str, Any]) -> str:
+    # ASCII, so that no character inside a text (U+2028, say) is taken for the end of a line
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _write_atomic(path: Path, lines: Sequence[str]) -> None:
+    """The whole file or none of it, whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")  # one name, so that a killed write leaves nothing behind for good
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _facts(requests: Sequence[Request], shards: Sequence[_Shard]) -> dict[str, Any]:
+    candidates = [candidate for shard in shards for candidate in shard.candidates]
+    return {
+        "samples": len({request.sample_id for request in requests}),
+        "candidates": len(candidates),
+        "new_tokens": sum(candidate.tokens for candidate in candidates),
+        "prompt_tokens": sum(shard.prompt_tokens for shard in shards),
+        "seconds": sum(shard.seconds for shard in shards),
+    }

@@ -1,0 +1,206 @@
+"""The default engine: transformers, with each prompt and its image prefilled once for all of its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from sicog_exp.data.chat import ChatEncoder, to_chat
+from sicog_exp.data.images import ImageError, open_image
+from sicog_exp.generation.decoder import Decoder, Drawn, Prompts, noise
+from sicog_exp.generation.engine import Decoding, Request, candidate_seed
+from sicog_exp.generation.requests import EngineError, check_decoding, check_requests, cut, keys_of
+from sicog_exp.models.loading import ModelSource, load_model
+from sicog_exp.records import Candidate, Message
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 50_000_000
+LIKELIHOOD_BATCH = 32
+"""Sequences per forward pass of `log_likelihood`."""
+
+
+@dataclass
+class _Inputs:
+    """Prompts of a batch in tokens, with their images: features (one per image token), or what the model takes."""
+
+    ids: list[list[int]]
+    features: Tensor | None
+    extra: Mapping[str, Tensor]
+
+
+class TransformersEngine:
+    """Samples from an image-text-to-text model of transformers. `prefilled_tokens` counts prompt tokens computed."""
+
+    def __init__(self, model: PreTrainedModel, processor: Any, device: str | torch.device = "cpu",
+                 max_pixels: int = MAX_PIXELS) -> None:  # fmt: skip
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()  # type: ignore[arg-type]
+        self.encoder = ChatEncoder(processor)
+        self.tokenizer = self.encoder.tokenizer
+        self.stops = torch.tensor(sorted(_stop_ids(model, self.tokenizer)), device=self.device)
+        self.prefilled_tokens = 0
+        self._max_pixels = max_pixels
+        self._lengths: dict[tuple[Message, ...], int] = {}
+        names = list(getattr(processor.image_processor, "model_input_names", []))
+        self._shares_features = hasattr(model, "get_image_features") and names == ["pixel_values"]
+
+    @classmethod
+    def from_path(cls, path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu",
+                  trust_remote_code: bool = False, max_pixels: int = MAX_PIXELS) -> TransformersEngine:  # fmt: skip
+        """Load a folder or hub name; `dtype` is torch's name ("float32", "bfloat16"). Raises ModelError."""
+        model, processor = load_model(ModelSource(str(path), trust_remote_code), dtype)
+        return cls(model, processor, device, max_pixels)
+
+    def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
+        """The batches of `sample`, in order: every request once, of like prompt length."""
+        return cut(requests, [self._prompt_length(request) for request in requests], decoding.batch_size)
+
+    def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[list[Candidate]]:
+        """One list of candidates per batch of `plan`; see the protocol."""
+        check_requests(requests)
+        check_decoding(decoding)
+        return (self._sample_batch(batch, decoding) for batch in self.plan(requests, decoding))
+
+    @torch.inference_mode()
+    def log_likelihood(
+        self, requests: Sequence[Request], continuations: Sequence[str]
+    ) -> list[tuple[float, int, bool]]:
+        """See the protocol. The end-of-turn token is not part of a continuation, and a request's count is ignored."""
+        targets = [self.tokenizer.encode(text, add_special_tokens=False) for text in continuations]
+        lengths = [self._prompt_length(request) + len(t) for request, t in zip(requests, targets, strict=True)]
+        order = sorted(range(len(requests)), key=lambda i: lengths[i])
+        results: dict[int, tuple[float, int, bool]] = {}
+        for start in range(0, len(order), LIKELIHOOD_BATCH):
+            part = order[start : start + LIKELIHOOD_BATCH]
+            scored = self._score([requests[i] for i in part], [targets[i] for i in part])
+            results.update(zip(part, scored, strict=True))
+        return [results[i] for i in range(len(requests))]
+
+    def _prompt_length(self, request: Request) -> int:
+        """Tokens of a prompt, images at the size that the configuration gives them (good enough to sort by)."""
+        if request.messages not in self._lengths:
+            text = self.encoder.processor.apply_chat_template(
+                to_chat(request.messages), add_generation_prompt=True, tokenize=False
+            )
+            self._lengths[request.messages] = len(self.tokenizer.encode(text, add_special_tokens=False))
+        per_image = getattr(self.model.config, "image_seq_length", None) or 1
+        return self._lengths[request.messages] + len(request.images) * per_image
+
+    @torch.inference_mode()
+    def _sample_batch(self, batch: Sequence[Request], decoding: Decoding) -> list[Candidate]:
+        keys = [key for request in batch for key in keys_of(request)]
+        seeds = [candidate_seed(decoding.seed, *key) for key in keys]
+        prompts = self._prefill(batch).expanded([request.count for request in batch])
+        uniforms = noise(seeds, decoding.max_new_tokens).to(self.device)
+        drawn = Decoder(self.model, self.stops, decoding).run(prompts, uniforms)
+        candidates = self._candidates(keys, seeds, drawn)
+        if [candidate.key for candidate in candidates] != keys:
+            raise EngineError(f"{len(candidates)} candidates for {len(keys)} requested")
+        return candidates
+
+    def _candidates(self, keys: Sequence[Any], seeds: Sequence[int], drawn: Drawn) -> list[Candidate]:
+        lengths, logprobs, stopped = drawn.lengths.tolist(), drawn.logprobs.tolist(), drawn.stopped.tolist()
+        tokens = [row[:length] for row, length in zip(drawn.tokens.tolist(), lengths, strict=True)]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        columns = zip(keys, seeds, texts, lengths, logprobs, stopped, strict=True)
+        return [
+            Candidate(sample_id, kind, index, text.strip(), seed, logprob, length, "stop" if stop else "length")
+            for (sample_id, kind, index), seed, text, length, logprob, stop in columns
+        ]
+
+    def _prefill(self, batch: Sequence[Request]) -> Prompts:
+        inputs = self._inputs(batch)
+        ids, mask = self._padded(inputs.ids)
+        self.prefilled_tokens += int(mask.sum())
+        cache = DynamicCache()
+        logits = self._forward(ids, mask, inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return Prompts(cache, logits[:, -1], mask, mask.sum(-1))
+
+    def _score(self, batch: Sequence[Request], targets: Sequence[list[int]]) -> list[tuple[float, int, bool]]:
+        inputs = self._inputs(batch)
+        inputs.ids = [ids + target for ids, target in zip(inputs.ids, targets, strict=True)]
+        ids, mask = self._padded(inputs.ids)
+        longest = max(map(len, targets))
+        # padding is on the left, so that all continuations end at the last position
+        logits = self._forward(ids, mask, inputs, use_cache=False, logits_to_keep=longest + 1)[:, :-1].float()
+        labels = ids[:, ids.shape[1] - longest :]
+        chosen = logits.gather(-1, labels[..., None])[..., 0] - logits.logsumexp(-1)
+        greedy = logits.argmax(-1) == labels
+        return [
+            (float(row[longest - len(t) :].double().sum()), len(t), bool(best[longest - len(t) :].all()))
+            for row, best, t in zip(chosen.cpu(), greedy.cpu(), targets, strict=True)
+        ]
+
+    def _forward(self, ids: Tensor, mask: Tensor, inputs: _Inputs, **options: Any) -> Tensor:
+        """Logits; image features that were computed before take their tokens' places among the embeddings."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        given: dict[str, Any] = {"input_ids": ids, **inputs.extra}
+        if inputs.features is not None:
+            embeddings = self.model.get_input_embeddings()(ids)
+            places = (ids == self.encoder.processor.image_token_id)[..., None]
+            given = {"inputs_embeds": embeddings.masked_scatter(places, inputs.features.to(embeddings.dtype))}
+        return self.model(**given, attention_mask=mask, position_ids=positions, **options).logits
+
+    def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Left padded token ids and their mask."""
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.stops[0])
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        return ids, mask
+
+    def _inputs(self, batch: Sequence[Request]) -> _Inputs:
+        images = self._open(batch)
+        if not images:
+            return _Inputs([self.encoder.prompt(request.messages, None) for request in batch], None, {})
+        return self._shared(batch, images) if self._shares_features else self._separate(batch, images)
+
+    def _open(self, batch: Sequence[Request]) -> dict[Path, Image]:
+        """Every distinct image of the batch. One that fails names the sample that asked for it."""
+        images: dict[Path, Image] = {}
+        for request in batch:
+            for path in request.images:
+                try:
+                    real = path.resolve()
+                    images[path] = images.get(path) or open_image(real.parent, real.name, self._max_pixels)
+                except ImageError as error:
+                    raise EngineError(f"sample {request.sample_id!r}: {error}") from error
+        return images
+
+    def _shared(self, batch: Sequence[Request], images: Mapping[Path, Image]) -> _Inputs:
+        """One pass of the vision tower for each distinct image, however many prompts ask about it."""
+        pixels = {path: self.encoder.pixels([image])["pixel_values"] for path, image in images.items()}
+        ids = [self.encoder.prompt(r.messages, {"pixel_values": [pixels[p][0] for p in r.images]}) for r in batch]
+        stacked = torch.cat(list(pixels.values())).to(self.device, self.model.dtype)
+        output = self.model.get_image_features(pixel_values=stacked)  # type: ignore[operator]
+        features = dict(zip(pixels, getattr(output, "pooler_output", output), strict=True))
+        return _Inputs(ids, torch.cat([features[path] for request in batch for path in request.images]), {})
+
+    def _separate(self, batch: Sequence[Request], images: Mapping[Path, Image]) -> _Inputs:
+        """For models that take more than plain pixels (tiles, sizes): the images once per prompt, in order."""
+        ids = [self.encoder.prompt(r.messages, self.encoder.pixels([images[p] for p in r.images]) if r.images else None)
+               for r in batch]  # fmt: skip
+        inputs = self.encoder.pixels([images[path] for request in batch for path in request.images])
+        extra = {name: self._moved(value) for name, value in inputs.items() if isinstance(value, Tensor)}
+        return _Inputs(ids, None, extra)
+
+    def _moved(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Every token that ends a response, from the model's generation configuration and the tokenizer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    ids = {int(i) for i in (*listed, tokenizer.eos_token_id) if i is not None}
+    if not ids:
+        raise EngineError("neither the generation configuration nor the tokenizer names an end-of-text token")
+    return ids

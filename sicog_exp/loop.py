@@ -1,0 +1,223 @@
+"""One SIcog run (arXiv 2503.12303, section 3): develop, generate, curate, pre-train, instruct, evaluate, repeat."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sicog_exp.prompts import Kind
+from sicog_exp.recipe import DataConfig, EvaluationConfig, ModelConfig, Recipe, RecipeError, StageConfig
+from sicog_exp.runner import Runner
+from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule
+from sicog_exp.store import Artifact, Step, Workplace, file_checksum
+
+DATA_REVISION = 1
+EVALUATION_REVISION = 1
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A model of the lineage and its scores."""
+
+    index: int
+    model: Artifact
+    scores: Artifact
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a run made, in order; `curated[i]` is what generation i + 1 was pre-trained on."""
+
+    data: Artifact
+    generations: list[Generation]
+    curated: list[Artifact]
+
+
+def iterate(recipe: Recipe, runner: Runner) -> Lineage:
+    """Run the whole recipe; a finished step is read from the store, a killed one goes on."""
+    data = runner.run(data_step(recipe))
+    base = runner.run(base_step(recipe))
+    model = fine_tune(runner, recipe, "instruct", recipe.instruct, base, data, instruction_shares(recipe))
+    lineage = Lineage(data, [Generation(0, model, evaluate(runner, recipe, model, data))], [])
+    pools: list[Artifact] = []
+    for index in range(recipe.iterations):
+        current = lineage.generations[-1]
+        runner.generation = index + 1
+        start = base if recipe.start == "base" else current.model
+        aligned = align(runner, recipe, start, data)
+        if recipe.self_data:
+            generators = develop(runner, recipe, current.model, data)
+            self_data = self_data_module(recipe, index, aligned, data, generators, pools, runner)
+            self_data.prepare_data()
+            pools = self_data.pools if recipe.sampling.pooled else []
+            lineage.curated.append(self_data.curated)
+            pretrained = pretrain(runner, recipe, self_data)
+        else:
+            pretrained = fine_tune(runner, recipe, "pretrain", recipe.pretrain, aligned, data, mixture_shares(recipe))
+        model = fine_tune(runner, recipe, "instruct", recipe.instruct, pretrained, data, instruction_shares(recipe))
+        lineage.generations.append(Generation(index + 1, model, evaluate(runner, recipe, model, data)))
+    return lineage
+
+
+# The stages.
+
+
+def develop(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> dict[Group, Artifact]:
+    """The data generators: the current generation, post-trained on the annotations (paper.md, stage 0)."""
+    shares = {"annotated": 1.0}
+    if recipe.generators == "mixed":
+        generator = fine_tune(runner, recipe, "develop", recipe.develop, model, data, shares)
+        return dict.fromkeys(GROUPS, generator)
+    names: dict[Group, str] = {"caption": "develop-perception", "reasoning": "develop-reasoning"}
+    return {group: fine_tune(runner, recipe, name, recipe.develop, model, data, shares, GROUPS[group])
+            for group, name in names.items()}  # fmt: skip
+
+
+def align(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> Artifact:
+    """Fit the projector to captions (paper.md, stage 1)."""
+    shares = {"annotated": 0.5, "instruction": 0.5}
+    return fine_tune(runner, recipe, "align", recipe.align, model, data, shares, GROUPS["caption"])
+
+
+def pretrain(runner: Runner, recipe: Recipe, self_data: SelfDataModule) -> Artifact:
+    """Multimodal pre-training on the curated mixture (paper.md, stage 1.5)."""
+    from sicog_exp.training import stages
+
+    if recipe.pretrain.steps == 0:
+        return self_data.inputs["model"]
+
+    def run(task: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+        stages.pretrain(self_data, workplace)
+
+    return runner.run(Step("pretrain", run, self_data.task, self_data.inputs, recipe.seed, stages.REVISION))
+
+
+def fine_tune(runner: Runner, recipe: Recipe, name: str, stage: StageConfig, model: Artifact, data: Artifact,
+              shares: Mapping[str, float], kinds: tuple[Kind, ...] | None = None) -> Artifact:  # fmt: skip
+    """A supervised stage; one of 0 steps is left out."""
+    from sicog_exp.training import stages
+
+    if stage.steps == 0:
+        return model
+    task = training_task(recipe, stage, shares, kinds)
+    return runner.run(Step(name, stages.fine_tune, task, {"model": model, "data": data}, recipe.seed, stages.REVISION))
+
+
+def training_task(recipe: Recipe, stage: StageConfig, shares: Mapping[str, float],
+                  kinds: tuple[Kind, ...] | None = None) -> Any:  # fmt: skip
+    from sicog_exp.prompts import KINDS
+    from sicog_exp.training.stages import TrainingTask
+
+    return TrainingTask(stage, recipe.model, dict(shares), recipe.seed, kinds or KINDS, recipe.data.max_pixels)
+
+
+def instruction_shares(recipe: Recipe) -> dict[str, float]:
+    return {"annotated": 1 - recipe.replay, "instruction": recipe.replay * 0.8, "text": recipe.replay * 0.2}
+
+
+def mixture_shares(recipe: Recipe) -> dict[str, float]:
+    """The pre-training mixture; without self-data its share goes to the annotated rows, text keeps its own."""
+    mixture = recipe.mixture
+    own = mixture.self_caption + mixture.self_reasoning
+    if recipe.self_data:
+        shares = {"self_caption": mixture.self_caption, "self_reasoning": mixture.self_reasoning}
+        return {**shares, "text": mixture.text, "annotated": mixture.annotated}
+    return {"text": mixture.text, "annotated": mixture.annotated + own}
+
+
+def self_data_module(recipe: Recipe, iteration: int, model: Artifact, data: Artifact,
+                     generators: Mapping[Group, Artifact], pools: list[Artifact], runner: Runner) -> SelfDataModule:  # fmt: skip
+    pool = PoolTask(recipe.sampling, recipe.model, "caption", iteration, recipe.seed, recipe.data.max_pixels)
+    training = training_task(recipe, recipe.pretrain, mixture_shares(recipe))
+    return SelfDataModule(pool, recipe.curation, training, model, data, generators, pools, runner.run)
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """What scores depend on besides model and data; `suite` is the suite's text, not its name."""
+
+    evaluation: EvaluationConfig
+    model: ModelConfig
+    suite: str
+
+
+def evaluate(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> Artifact:
+    """Score a generation through lmms-eval."""
+    from sicog_exp.evaluation.benchmarks import suite_text
+
+    task = EvaluationTask(recipe.evaluation, recipe.model, suite_text(recipe.evaluation.suite))
+    inputs = {"model": model, "data": data}
+    return runner.run(Step("evaluate", run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
+
+
+def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+    import time
+
+    import torch
+
+    from sicog_exp.evaluation import benchmarks
+    from sicog_exp.generation.transformers_engine import TransformersEngine
+
+    torch.set_num_threads(task.model.threads)
+    model = task.model
+    engine = TransformersEngine.from_path(inputs["model"].path, model.generation_dtype, model.torch_device,
+                                          model.trust_remote_code)  # fmt: skip
+    suite = benchmarks.load_suite(task.evaluation.suite)
+    started = time.time()
+    scores = benchmarks.evaluate(engine, suite, inputs["data"].path, task.evaluation, workplace.directory,
+                                 task.evaluation.split)  # fmt: skip
+    workplace.add(samples=sum(score.n for score in scores.tasks.values()), model_seconds=time.time() - started)
+
+
+# What goes in.
+
+
+@dataclass(frozen=True)
+class DataTask:
+    """The data set's configuration and what its sources hold now."""
+
+    data: DataConfig
+    state: Mapping[str, str]
+
+
+def data_step(recipe: Recipe) -> Step:
+    from sicog_exp.data.sources import build_dataset, source_state
+
+    def run(task: DataTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+        build_dataset(task.data, workplace.directory)
+
+    return Step("data", run, DataTask(recipe.data, source_state(recipe.data)), revision=DATA_REVISION)
+
+
+def base_step(recipe: Recipe) -> Step:
+    """The base model's files under the store's care; its identity is their content, never their path."""
+    folder = base_folder(recipe)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+
+    def run(task: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+        import shutil
+
+        for path in files:
+            shutil.copyfile(path, workplace.directory / path.name)
+
+    digests = hashlib.sha256("".join(f"{p.name}:{file_checksum(p)};" for p in files).encode()).hexdigest()
+    return Step("base", run, {"weights": digests})
+
+
+def base_folder(recipe: Recipe) -> Path:
+    """The folder that holds the base model; a hub name is downloaded. Raises RecipeError."""
+    from sicog_exp.models.loading import resolve_base
+
+    name = resolve_base(recipe.model.base)
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack"]))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise RecipeError(f"model.base={recipe.model.base}: neither a folder nor a model that the hub gave us ({error})") from None

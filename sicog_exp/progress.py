@@ -1,0 +1,74 @@
+"""What a long run shows: the step under way, the share done, an estimate of the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+LINE_EVERY = 20.0
+"""Seconds between progress lines where there is no terminal to draw a bar on."""
+
+
+class Display:
+    """Progress over steps whose expected work is known beforehand, in any one unit.
+
+    The estimate extrapolates from the work done in this process; cached steps count as done and cost nothing.
+    """
+
+    def __init__(self, expected: Mapping[str, float], console: Console | None = None) -> None:
+        self.console = console or Console(soft_wrap=True)
+        self._expected = dict(expected)
+        self._total = sum(expected.values()) or 1.0
+        self._done, self._measured, self._busy = 0.0, 0.0, 0.0
+        self._name, self._started, self._last_line = "", 0.0, 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+                   TextColumn("{task.fields[left]}"))  # fmt: skip
+        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task("starting", total=self._total, left="")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def start(self, name: str) -> None:
+        self._name, self._started = name, time.monotonic()
+        self._show(0.0, name)
+
+    def advance(self, done: int, total: int) -> None:
+        self._show(done / max(total, 1), f"{self._name} {done}/{total}")
+
+    def finish(self, name: str, cached: bool) -> None:
+        seconds = time.monotonic() - self._started
+        work = self._expected.get(name, 0.0)
+        self._done += work
+        if cached:
+            self.console.print(f"{name}: done before, read from the store")
+        else:
+            self._measured += work
+            self._busy += seconds if work else 0.0
+            self.console.print(f"{name}: {seconds:.0f} s")
+        self._show(0.0, name)
+
+    def _show(self, share: float, text: str) -> None:
+        current = self._expected.get(self._name, 0.0) * share
+        left = self._left(current)
+        self._bar.update(self._task, completed=self._done + current, description=text, left=left)
+        now = time.monotonic()
+        if not self.console.is_terminal and 0 < share < 1 and now - self._last_line > LINE_EVERY:
+            self._last_line = now
+            self.console.print(f"  {(self._done + current) / self._total:4.0%}  {text}  {left}")
+
+    def _left(self, current: float) -> str:
+        """About how long the rest takes, from the rate so far in this process."""
+        work = self._measured + current
+        if work <= 0:
+            return ""
+        seconds = self._busy + (time.monotonic() - self._started if current else 0.0)
+        rest = (self._total - self._done - current) / work * seconds
+        return f"about {int(rest // 60)}:{int(rest % 60):02d} left"

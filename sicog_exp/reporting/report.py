@@ -1,0 +1,435 @@
+"""The generation report: one self-contained HTML file from one `ReportData`.
+
+The caller measures and fills `ReportData`; this module draws. Scores and qualities are shares (0 to 1), differences
+are differences of shares; the page shows percent and percentage points. Equal data give equal bytes. Nothing is
+loaded from anywhere: a content security policy forbids it, and every text is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sicog_exp.prompts import KINDS, final_text
+from sicog_exp.reporting import charts
+
+GALLERY_BYTES = 6_000_000
+"""Room for the gallery's pictures and texts; samples beyond it are counted on the page, not shown."""
+TEXT_LIMIT = 6_000
+"""Characters shown of one candidate."""
+
+
+@dataclass(frozen=True)
+class FamilyScore:
+    """One question family of one task. `blind_prior`: what the best answer without the image scores, if known."""
+
+    family: str
+    mean: float
+    low: float
+    high: float
+    n: int
+    blind_prior: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task in one answer format (`direct`, `cot`) with its image-clustered interval."""
+
+    task: str
+    format: str
+    mean: float
+    low: float
+    high: float
+    n: int
+    families: tuple[FamilyScore, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationScores:
+    """Everything measured on generation `index`."""
+
+    index: int
+    tasks: tuple[TaskScore, ...]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A paired comparison, `after` minus `before`: generations ("G0") or arms ("annotated only").
+
+    `seeds` above 1: pooled over runs, with their standard deviation in `spread`.
+    """
+
+    before: str
+    after: str
+    task: str
+    format: str
+    difference: float
+    low: float
+    high: float
+    n: int
+    mcnemar_p: float | None = None
+    holm_p: float | None = None
+    seeds: int = 1
+    spread: float | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.after} \N{MINUS SIGN} {self.before}"
+
+
+@dataclass(frozen=True)
+class BestScore:
+    """The best candidate of one item: its score, and its quality in [0, 1] where the truth is known."""
+
+    score: float
+    quality: float | None = None
+
+
+@dataclass(frozen=True)
+class CurationGroup:
+    """One group of items (captions, reasoning). `kept` counts after all rules, not the threshold alone.
+
+    `random_quality`: mean quality of a random candidate of each item, the reference that curation should beat.
+    """
+
+    group: str
+    threshold: float
+    kept: int
+    best: tuple[BestScore, ...]
+    random_quality: float | None = None
+    quality_name: str = "right"
+
+
+@dataclass(frozen=True)
+class Curation:
+    """What curation did in the iteration from generation `iteration`. `set_aside`: (reason, number) pairs."""
+
+    iteration: int
+    encoder: str
+    include_self: bool
+    groups: tuple[CurationGroup, ...]
+    set_aside: tuple[tuple[str, int], ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One step. `cached`: the figures are those of the earlier run that made it."""
+
+    generation: int
+    stage: str
+    seconds: float
+    samples: int | None = None
+    tokens: int | None = None
+    flops: float | None = None
+    peak_mb: float | None = None
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`orchestration_share`: the share of wall time that was not model compute."""
+
+    rows: tuple[CostRow, ...]
+    orchestration_share: float | None = None
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class SampleCandidate:
+    """One candidate as curation saw it. `right`: whether it is right, where the truth is known."""
+
+    kind: str
+    text: str
+    score: float | None
+    finish_reason: str
+    chosen: bool = False
+    right: bool | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item of the gallery. `png`: the image as PNG bytes."""
+
+    id: str
+    iteration: int
+    group: str
+    kept: bool
+    candidates: tuple[SampleCandidate, ...]
+    question: str = ""
+    truth: str | None = None
+    png: bytes | None = None
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything that a report shows. Empty parts leave their section out or say that nothing was recorded."""
+
+    name: str
+    recipe_yaml: str
+    date: str
+    generations: tuple[GenerationScores, ...]
+    run_id: str = ""
+    run_uri: str = ""
+    reproduce: str = ""
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    deltas: tuple[Delta, ...] = ()
+    curation: tuple[Curation, ...] = ()
+    cost: Cost | None = None
+    gallery: tuple[Sample, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def write_report(data: ReportData, path: Path) -> None:
+    """Write the report as one HTML file. A character without a UTF-8 form (a lone surrogate) becomes "?"."""
+    path.write_text(render(data), encoding="utf-8", errors="replace", newline="\n")
+
+
+def render(data: ReportData) -> str:
+    """The report's HTML."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    home = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(home), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(percent=percent, points=points, p_value=p_value, si=si, duration=charts.duration,
+                               format_name=format_name)  # fmt: skip
+    style = (home / "report.css").read_text(encoding="utf-8")
+    return environment.get_template("template.html").render(data=data, style=_safe(style), **_view(data))
+
+
+def _view(data: ReportData) -> dict[str, Any]:
+    """What the template shows beside the data itself."""
+    samples = _fitting(data.gallery, GALLERY_BYTES)
+    return {
+        "verdict": verdict(data),
+        "headline": [(delta, *_means(data, delta)) for delta in _headline(data)],
+        "curves": [_curve(data, task) for task in _tasks(data)],
+        "forests": [_forest(data, task) for task in dict.fromkeys(delta.task for delta in data.deltas)],
+        "families": [_families(data, *key) for key in _keys(data, with_families=True)],
+        "curation": [(one, [_curation_charts(one, group) for group in one.groups]) for one in data.curation],
+        "cost": _cost(data.cost),
+        "samples": [_sample(sample) for sample in samples],
+        "left_out": len(data.gallery) - len(samples),
+        "groups": list(dict.fromkeys(sample.group for sample in samples)),
+    }
+
+
+# The words.
+
+
+def verdict(data: ReportData) -> list[str]:
+    """The plain-language answer, one sentence per answer format of the first task, from the intervals alone."""
+    if len(data.generations) < 2:
+        return ["Only one generation was evaluated: there is nothing to compare yet."]
+    headline = _headline(data)
+    if not headline:
+        first, last = data.generations[0].index, data.generations[-1].index
+        return [f"No paired comparison of G{last} with G{first} was recorded."]
+    return [_sentence(delta) for delta in headline if delta.task == headline[0].task]
+
+
+def _sentence(delta: Delta) -> str:
+    span = f"[{100 * delta.low:.1f}, {100 * delta.high:.1f}]".replace("-", "\N{MINUS SIGN}")
+    if delta.low > 0:
+        change = f"answers {100 * delta.difference:.1f} points {span} more questions right than {delta.before}"
+        return f"{delta.after} {change} ({format_name(delta.format)})."
+    if delta.high < 0:
+        span = f"[{-100 * delta.high:.1f}, {-100 * delta.low:.1f}]"
+        change = f"answers {-100 * delta.difference:.1f} points {span} fewer questions right than {delta.before}"
+        return f"{delta.after} {change} ({format_name(delta.format)})."
+    return (f"No clear difference between {delta.after} and {delta.before} ({format_name(delta.format)}): "
+            f"{charts.signed(100 * delta.difference)} points, and the interval {span} includes zero.")  # fmt: skip
+
+
+def _headline(data: ReportData) -> list[Delta]:
+    """The comparisons of the last generation with the first."""
+    if not data.generations:
+        return []
+    first, last = f"G{data.generations[0].index}", f"G{data.generations[-1].index}"
+    return [delta for delta in data.deltas if (delta.before, delta.after) == (first, last)]
+
+
+def _means(data: ReportData, delta: Delta) -> tuple[TaskScore | None, TaskScore | None]:
+    ends = data.generations[0], data.generations[-1]
+    before, after = (_score(generation, delta.task, delta.format) for generation in ends)
+    return before, after
+
+
+def format_name(answer_format: str) -> str:
+    """How a page writes an answer format."""
+    return {"cot": "CoT"}.get(answer_format, answer_format)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """41.2% for 0.412, a dash for None."""
+    return "\N{EN DASH}" if share is None else f"{100 * share:.{digits}f}%"
+
+
+def points(share: float) -> str:
+    """A difference of shares as signed percentage points."""
+    return charts.signed(100 * share)
+
+
+def p_value(value: float | None) -> str:
+    """Three decimals, <0.001 below them, a dash for None."""
+    return "\N{EN DASH}" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def si(value: float | None) -> str:
+    """1.2 M for 1,234,567; a dash for None."""
+    if value is None:
+        return "\N{EN DASH}"
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= factor:
+            return f"{value / factor:.1f} {prefix}"
+    return f"{value:,.0f}"
+
+
+# The charts and tables.
+
+
+def _score(generation: GenerationScores, task: str, answer_format: str) -> TaskScore | None:
+    return next((t for t in generation.tasks if (t.task, t.format) == (task, answer_format)), None)
+
+
+def _keys(data: ReportData, with_families: bool = False) -> list[tuple[str, str]]:
+    """(task, format) pairs in the order in which they first occur."""
+    found = (t for generation in data.generations for t in generation.tasks if t.families or not with_families)
+    return list(dict.fromkeys((t.task, t.format) for t in found))
+
+
+def _tasks(data: ReportData) -> list[str]:
+    return list(dict.fromkeys(task for task, _ in _keys(data)))
+
+
+def _mark(score: TaskScore | FamilyScore | None) -> charts.Mark | None:
+    return charts.Mark(score.mean, score.low, score.high) if score else None
+
+
+def _curve(data: ReportData, task: str) -> dict[str, Any]:
+    formats = [answer_format for name, answer_format in _keys(data) if name == task]
+    scores = {f: [_score(generation, task, f) for generation in data.generations] for f in formats}
+    series = [charts.Series(format_name(f), tuple(map(_mark, scores[f])), hollow=i > 0) for i, f in enumerate(formats)]
+    names = [f"G{generation.index}" for generation in data.generations]
+    svg = charts.generation_curve(series, names, f"Score on {task} over generations {', '.join(names)}")
+    rows = [(f, found, next(score.n for score in found if score)) for f, found in scores.items()]
+    return {"task": task, "svg": _safe(svg), "rows": rows, "names": names}
+
+
+def _generation_of(name: str) -> int | None:
+    return int(name[1:]) if name[:1] == "G" and name[1:].isdecimal() else None
+
+
+def _forest(data: ReportData, task: str) -> dict[str, Any]:
+    deltas = [delta for delta in data.deltas if delta.task == task]
+    rows = [
+        charts.ForestRow(
+            f"{d.label}, {format_name(d.format)}", charts.Mark(d.difference, d.low, d.high), _generation_of(d.after)
+        )
+        for d in deltas
+    ]
+    return {"task": task, "svg": _safe(charts.forest(rows, f"Paired differences on {task}")), "deltas": deltas}
+
+
+def _families(data: ReportData, task: str, answer_format: str) -> dict[str, Any]:
+    tables = []
+    for generation in data.generations:
+        score = _score(generation, task, answer_format)
+        tables.append({f.family: f for f in score.families} if score else {})
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    rows = [(name, [table.get(name) for table in tables]) for name in names]
+    dots = [charts.DotRow(name, tuple(map(_mark, found)), _prior(found)) for name, found in rows]
+    indices = [generation.index for generation in data.generations]
+    svg = charts.family_dots(
+        dots, indices, f"{task}, {format_name(answer_format)}: score per question family and blind prior"
+    )
+    shown = [(name, found, _prior(found)) for name, found in rows]
+    return {"task": task, "format": answer_format, "svg": _safe(svg), "rows": shown, "indices": indices}
+
+
+def _prior(found: Sequence[FamilyScore | None]) -> float | None:
+    return next((score.blind_prior for score in found if score and score.blind_prior is not None), None)
+
+
+def _curation_charts(curation: Curation, group: CurationGroup) -> dict[str, Any]:
+    scores = [best.score for best in group.best]
+    known = [(best.score, best.quality) for best in group.best if best.quality is not None]
+    name = f"{group.group}, iteration from G{curation.iteration}"
+    keep = charts.keep_curve(scores, known, group.threshold, group.random_quality, group.quality_name,
+                             f"Keep rate and quality by threshold, {name}")  # fmt: skip
+    drawn = [("Best scores", charts.histogram(scores, group.threshold, f"Histogram of best scores, {name}")),
+             ("What another threshold would keep", keep)]  # fmt: skip
+    if known:
+        title = f"Does the score track quality ({group.quality_name})?"
+        drawn.append((title, charts.quality_by_score(known, f"Quality by score, {name}")))
+    reached = [quality for score, quality in known if score >= group.threshold]
+    quality = sum(reached) / len(reached) if reached else None
+    return {"group": group, "charts": [(t, _safe(svg)) for t, svg in drawn if scores], "quality": quality}
+
+
+def _cost(cost: Cost | None) -> dict[str, Any] | None:
+    if cost is None or not cost.rows:
+        return None
+    generations = list(dict.fromkeys(row.generation for row in cost.rows))
+    bars = [(f"G{g}", [(row.stage, row.seconds) for row in cost.rows if row.generation == g]) for g in generations]
+    total = CostRow(
+        -1,
+        "total",
+        sum(row.seconds for row in cost.rows),
+        _sum(cost, "samples"),
+        _sum(cost, "tokens"),
+        _sum(cost, "flops"),
+        max((r.peak_mb for r in cost.rows if r.peak_mb is not None), default=None),
+    )
+    return {
+        "svg": _safe(charts.cost_bars(bars, "Wall time per generation by stage")),
+        "rows": cost.rows,
+        "total": total,
+        "share": cost.orchestration_share,
+        "device": cost.device,
+    }
+
+
+def _sum(cost: Cost, name: str) -> Any:
+    known = [value for row in cost.rows if (value := getattr(row, name)) is not None]
+    return sum(known) if known else None
+
+
+# The gallery.
+
+
+def _fitting(samples: Sequence[Sample], room: int) -> list[Sample]:
+    """The samples, from the first on, that fit into `room` bytes of page."""
+    shown = []
+    for sample in samples:
+        texts = sum(min(len(c.text), TEXT_LIMIT) for c in sample.candidates)
+        room -= 2 * texts + 4 * len(sample.png or b"") // 3 + 2000
+        if room < 0:
+            break
+        shown.append(sample)
+    return shown
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    image = base64.b64encode(sample.png).decode() if sample.png else None
+    return {"sample": sample, "image": image, "candidates": [_candidate(c) for c in sample.candidates]}
+
+
+def _candidate(candidate: SampleCandidate) -> dict[str, Any]:
+    text = candidate.text if len(candidate.text) <= TEXT_LIMIT else candidate.text[:TEXT_LIMIT] + " [cut]"
+    kind = next((kind for kind in KINDS if kind == candidate.kind), None)
+    final = final_text(kind, candidate.text) if kind else candidate.text
+    brief = final if final is None or len(final) <= 240 else final[:240] + "\N{HORIZONTAL ELLIPSIS}"
+    return {"of": candidate, "text": text, "final": brief, "more": brief != text.strip()}
+
+
+def _safe(text: str) -> Any:
+    """Mark text that this package wrote (its charts escape what they are given) as ready for the page."""
+    from markupsafe import Markup
+
+    return Markup(text)

@@ -1,0 +1,179 @@
+"""MLflow: one parent run per experiment, a child per generation, a grandchild per step, the same metric names in each.
+
+Everything goes through `MlflowClient` with explicit run ids, so that Lightning's logger, which ends the run it was
+given, and a surrounding `mlflow run` cannot take each other's runs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sicog_exp.recipe import Recipe, TrackingConfig, to_yaml
+from sicog_exp.store import Artifact, Step
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+PARENT, NAME, SOURCE = "mlflow.parentRunId", "mlflow.runName", "mlflow.source.name"
+PARAMETER_LIMIT = 6000
+"""MLflow cuts longer parameters silently; a longer one is left to the logged recipe."""
+
+
+def connect(config: TrackingConfig) -> MlflowClient:
+    """The client of the recipe's tracking store (MLFLOW_TRACKING_URI takes precedence)."""
+    import mlflow
+    from mlflow import MlflowClient
+
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or config.uri)
+    return MlflowClient()
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return result
+
+
+class Tracker:
+    """The runs of one experiment."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.client = connect(recipe.tracking)
+        self.run_id, self.experiment_id = self._parent()
+        self._generations: dict[int, str] = {}
+        self._log_recipe()
+
+    def _parent(self) -> tuple[str, str]:
+        """The run that `mlflow run` made for us, or a new one in the recipe's experiment."""
+        given = os.environ.get("MLFLOW_RUN_ID")
+        if given:
+            self.client.set_tag(given, NAME, self.recipe.name)
+            return given, self.client.get_run(given).info.experiment_id
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or self.recipe.tracking.experiment
+        experiment = self.client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
+        run = self.client.create_run(experiment_id, tags={NAME: self.recipe.name, SOURCE: "sicog iterate"})
+        return run.info.run_id, experiment_id
+
+    def _log_recipe(self) -> None:
+        self.client.log_text(self.run_id, to_yaml(self.recipe), "recipe.yaml")
+        self._log_params(self.run_id, flat(asdict(self.recipe)))
+        self.client.set_tag(self.run_id, "sicog.level", "experiment")
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        texts = [(name, str(value)) for name, value in params.items()]
+        known = self.client.get_run(run_id).data.params
+        fresh = [Param(name, text) for name, text in texts if len(text) <= PARAMETER_LIMIT and name not in known]
+        for start in range(0, len(fresh), 100):
+            self.client.log_batch(run_id, params=fresh[start : start + 100])
+
+    def _child(self, parent: str, name: str, level: str, **tags: str) -> str:
+        labels = {PARENT: parent, NAME: name, "sicog.level": level, "sicog.recipe": self.recipe.name, **tags}
+        run: Run = self.client.create_run(self.experiment_id, tags=labels)
+        return run.info.run_id
+
+    def generation(self, index: int) -> str:
+        """The run of generation `index`, made when first asked for."""
+        if index not in self._generations:
+            run = self._child(self.run_id, f"G{index}", "generation", **{"sicog.generation": str(index)})
+            self._generations[index] = run
+            self._log_params(run, {"generation": index, "recipe": self.recipe.name, "seed": self.recipe.seed})
+        return self._generations[index]
+
+    def start_step(self, step: Step, generation: int) -> str:
+        """A run for a step that is about to run."""
+        run = self._child(self.generation(generation), f"G{generation} {step.name}", "step",
+                          **{"sicog.step": step.name, "sicog.fingerprint": step.fingerprint})  # fmt: skip
+        self._log_params(run, flat(step.identity["config"]))
+        return run
+
+    def finish_step(self, run_id: str, artifact: Artifact) -> None:
+        self._log_metrics(run_id, {f"cost/{name}": value for name, value in artifact.facts.items()})
+        self.client.set_tag(run_id, "sicog.artifact", str(artifact.path))
+        self.client.set_terminated(run_id)
+
+    def fail_step(self, run_id: str, error: BaseException) -> None:
+        self.client.set_tag(run_id, "sicog.error", str(error)[:500])
+        self.client.set_terminated(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+
+    def link_cached(self, step: Step, generation: int, artifact: Artifact) -> None:
+        """A finished step is not run again: its run here points to the one that made it."""
+        run = self._child(self.generation(generation), f"G{generation} {step.name} (cached)", "step", **{
+            "sicog.step": step.name, "sicog.fingerprint": step.fingerprint, "sicog.cached": "true",
+            "sicog.made_by": artifact.manifest.get("made_by", "")})  # fmt: skip
+        self.finish_step(run, artifact)
+
+    def log_generation(self, index: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of a generation: on its own run, and on the parent with step = generation."""
+        self._log_metrics(self.generation(index), metrics)
+        self._log_metrics(self.run_id, metrics, step=index)
+
+    def _log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries: list[Metric] = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        for start in range(0, len(entries), 500):
+            self.client.log_batch(run_id, metrics=entries[start : start + 500])
+
+    def log_dataset(self, run_id: str, name: str, artifact: Artifact, context: str, rows: int) -> None:
+        """A data set by our own digest of its files: MLflow's looks at few rows and columns."""
+        import json
+
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = json.dumps({"uri": artifact.path.as_uri()})
+        profile = json.dumps({"num_rows": rows})
+        data = Dataset(name, artifact.content, "local", source, profile=profile)
+        self.client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+
+    def log_file(self, path: Path, folder: str | None = None, generation: int | None = None) -> None:
+        """A file as an artifact of the parent run, or of a generation's."""
+        run_id = self.run_id if generation is None else self.generation(generation)
+        self.client.log_artifact(run_id, str(path), folder)
+
+    def register(self, index: int, artifact: Artifact, metrics: Mapping[str, float]) -> None:
+        """Log generation `index`'s model and register it with the alias gen-<index>."""
+        if not self.recipe.tracking.register:
+            return
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        run_id, name = self.generation(index), f"sicog-{self.recipe.name}"
+        tags = {"sicog.fingerprint": artifact.fingerprint, "sicog.weights": artifact.content}
+        model = mlflow.initialize_logged_model(name=f"G{index}", source_run_id=run_id, tags=tags,
+                                               experiment_id=self.experiment_id)  # fmt: skip
+        self.client.log_model_artifacts(model.model_id, str(artifact.path))
+        mlflow.finalize_logged_model(model.model_id, "READY")
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = self.client.create_model_version(name, f"models:/{model.model_id}", run_id, tags=tags,
+                                                   model_id=model.model_id)  # fmt: skip
+        self.client.set_registered_model_alias(name, f"gen-{index}", version.version)
+
+    def promote(self, index: int) -> None:
+        """Point the alias `champion` at generation `index`."""
+        if self.recipe.tracking.register:
+            name = f"sicog-{self.recipe.name}"
+            version = self.client.get_model_version_by_alias(name, f"gen-{index}")
+            self.client.set_registered_model_alias(name, "champion", version.version)
+        self.client.set_tag(self.run_id, "sicog.champion", f"G{index}")
+
+    def finish(self, status: str = "FINISHED") -> None:
+        for run_id in (*self._generations.values(), self.run_id):
+            self.client.set_terminated(run_id, status)

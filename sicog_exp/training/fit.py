@@ -1,0 +1,120 @@
+"""Run one stage: build the Trainer, feed it, checkpoint it, continue it after a kill."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch.utils.data import DataLoader, IterableDataset
+
+from sicog_exp.data.mixture import Mixture, Row, collate
+from sicog_exp.recipe import ModelConfig
+from sicog_exp.store import Workplace
+from sicog_exp.training.modules import Stage
+
+LOG_EVERY = 10
+"""Optimizer steps between logged metrics."""
+
+
+class StepBatches(IterableDataset):
+    """One item is one optimizer step: its rows, grouped by length into collated micro-batches.
+
+    Grouping stays inside a step, so that every step keeps the mixture's composition.
+    """
+
+    def __init__(self, mixture: Mixture, batch_size: int, micro_batch_size: int, pad_id: int) -> None:
+        self.first_step = 0
+        self._mixture, self._batch_size, self._micro, self._pad_id = mixture, batch_size, micro_batch_size, pad_id
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for rows in self._mixture.steps(self.first_step, self._batch_size):
+            yield self.micro_batches(rows)
+
+    def micro_batches(self, rows: list[Row]) -> list[dict[str, Any]]:
+        rows = sorted(rows, key=lambda row: len(row.example))
+        groups = [rows[i : i + self._micro] for i in range(0, len(rows), self._micro)]
+        return [{**collate(group, self._pad_id), "sources": [row.source for row in group]} for group in groups]
+
+
+class Checkpoints(Callback):
+    """The newest checkpoint of a stage, replaced atomically; weights never leave this folder as a pickle.
+
+    Also counts what was trained on, so that a continued stage reports the whole of its work.
+    """
+
+    def __init__(self, workplace: Workplace, every: int) -> None:
+        self._folder, self._workplace, self._every = workplace.scratch, workplace, every
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._workplace.facts)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._workplace.facts.update(state_dict)
+
+    @staticmethod
+    def newest(folder: Path) -> Path | None:
+        return max(folder.glob("step-*.ckpt"), default=None)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Stage, outputs: Any, batch: Any, *_: Any) -> None:
+        self._workplace.add(**pl_module.work(batch))
+        step = trainer.global_step
+        if self._workplace.progress:
+            self._workplace.progress(step, trainer.max_steps)
+        if step % self._every == 0 and step < trainer.max_steps:
+            self._save(trainer, step)
+
+    def _save(self, trainer: Trainer, step: int) -> None:
+        older = list(self._folder.glob("step-*.ckpt"))
+        temporary = self._folder / "writing.tmp"
+        trainer.save_checkpoint(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(self._folder / f"step-{step:08d}.ckpt")
+        for path in older:
+            path.unlink(missing_ok=True)
+
+
+class StageData(LightningDataModule):
+    """Feeds a stage its optimizer steps, from `first_step` on."""
+
+    def __init__(self, batches: Any = None) -> None:
+        super().__init__()
+        self.batches = batches
+        self.first_step = 0
+
+    def train_dataloader(self) -> DataLoader:
+        self.batches.first_step = self.first_step
+        return DataLoader(self.batches, batch_size=None)
+
+
+def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace, seed: int,
+        logger: Logger | None = None) -> None:  # fmt: skip
+    """Train `module` for its configured steps, from the newest checkpoint in the workplace's scratch if there is one.
+
+    Raises RuntimeError when fewer steps were done than asked for: a stage never reports success untrained.
+    """
+    torch.manual_seed(seed)
+    torch.set_num_threads(model.threads)
+    checkpoint = Checkpoints.newest(workplace.scratch)
+    if checkpoint:
+        data.first_step = int(checkpoint.stem.removeprefix("step-"))
+    trainer = Trainer(
+        max_steps=module.config.steps, max_epochs=-1, accelerator=model.device, devices=1 if model.device == "cpu" else "auto",
+        precision=model.precision, logger=logger or False, log_every_n_steps=LOG_EVERY, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        callbacks=[Checkpoints(workplace, module.config.checkpoint_every)],
+    )  # fmt: skip
+    started = time.time()
+    module.train()
+    # Our own checkpoint, written moments ago by this user: Lightning's optimizer state needs the full loader.
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    module.eval()
+    if trainer.global_step != module.config.steps:
+        raise RuntimeError(f"trained {trainer.global_step} of {module.config.steps} steps")
+    workplace.add(steps=trainer.global_step, model_seconds=time.time() - started)

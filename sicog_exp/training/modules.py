@@ -1,0 +1,147 @@
+"""LightningModules. One optimizer step is one batch here: its rows come as micro-batches whose losses are summed over
+response tokens and divided by the step's number of response tokens, so that accumulation, batch split and padding do
+not change the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn import functional as F
+
+from sicog_exp.data.chat import IGNORED
+from sicog_exp.models.loading import part_parameters
+from sicog_exp.recipe import StageConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
+    """Linear warm-up, then cosine to 0 (paper.md, Training). `step` counts from 0."""
+    warmup = max(1, round(steps * warmup_ratio))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Stage(LightningModule):
+    """What all stages share: part-wise learning rates, the schedule, clipping and the manual optimizer step."""
+
+    def __init__(self, config: StageConfig) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def batch_loss(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+        """(summed loss, number of terms) of a micro-batch."""
+        raise NotImplementedError
+
+    def work(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        """What one optimizer step trained on, summed over its micro-batches: samples, tokens, image tokens."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Sequence[Mapping[str, Any]], batch_idx: int) -> None:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer.zero_grad()
+        terms = self._all_terms(sum(self.terms(micro) for micro in batch))
+        loss = torch.zeros((), device=self.device)
+        for micro in batch:
+            summed, _ = self.batch_loss(micro)
+            # Data-parallel strategies average gradients over ranks, so each rank's share is scaled back up.
+            self.manual_backward(summed * self.trainer.world_size / terms)
+            loss += summed.detach() / terms
+        norm = torch.nn.utils.clip_grad_norm_(self.trained_parameters, self.config.clip_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {self.global_step}: loss {float(loss)}, gradient norm {float(norm)}; lower "
+                                     "the learning rate; the last checkpoint is untouched")  # fmt: skip
+        optimizer.step()
+        scheduler.step()
+        self.log_dict({"loss": loss, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]})
+
+    def terms(self, micro_batch: Mapping[str, Any]) -> int:
+        """Response tokens of a micro-batch: positions with a label, the first one never being predicted."""
+        return int((micro_batch["labels"][:, 1:] != IGNORED).sum())
+
+    def _all_terms(self, count: int) -> int:
+        if self.trainer.world_size == 1:
+            return count
+        return int(self.all_gather(torch.tensor(count, device=self.device)).sum())
+
+    @property
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.parameter_groups() for p in group["params"]]
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        groups = self.parameter_groups()
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, betas=(0.9, 0.98), foreach=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, config.steps, config.warmup_ratio))  # fmt: skip
+        return [optimizer], [scheduler]
+
+
+class SupervisedFineTuning(Stage):
+    """Next-token loss on response tokens; each part of the model has its own learning rate, 0 freezes it."""
+
+    def __init__(self, model: PreTrainedModel, config: StageConfig) -> None:
+        super().__init__(config)
+        self.model = model
+        self.rates = {"vision": config.vision_lr, "projector": config.projector_lr, "language": config.language_lr}
+        for part, parameters in part_parameters(model).items():
+            for parameter in parameters:
+                parameter.requires_grad = self.rates[part] > 0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        parts = part_parameters(self.model)
+        return [{"params": parts[part], "lr": rate} for part, rate in self.rates.items() if rate > 0]
+
+    def work(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        image_id = self.model.config.image_token_id
+        return {
+            "samples": sum(len(micro["input_ids"]) for micro in batch),
+            "tokens": sum(int(micro["attention_mask"].sum()) for micro in batch),
+            "image_tokens": sum(int((micro["input_ids"] == image_id).sum()) for micro in batch),
+        }
+
+    def token_losses(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """(losses of response tokens (tokens,), row of each (tokens,)); the head sees response positions alone."""
+        inputs = {name: value for name, value in micro_batch.items() if name not in ("labels", "sources")}
+        hidden_BLD = self.model.model(**inputs, use_cache=False).last_hidden_state
+        targets_BL = micro_batch["labels"][:, 1:]
+        rows, columns = torch.nonzero(targets_BL != IGNORED, as_tuple=True)
+        logits = self.model.get_output_embeddings()(hidden_BLD[rows, columns])
+        return F.cross_entropy(logits.float(), targets_BL[rows, columns], reduction="none"), rows
+
+    def batch_loss(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+        losses, _ = self.token_losses(micro_batch)
+        return losses.sum(), losses.numel()
+
+
+class MultimodalPretraining(SupervisedFineTuning):
+    """Pre-training on the self-generated mixture (paper.md, stage 1.5); reports the loss of each source by itself,
+    which shows a source that the others drown."""
+
+    def on_train_start(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+
+    def batch_loss(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+        losses, rows = self.token_losses(micro_batch)
+        for row, source in enumerate(micro_batch["sources"]):
+            own = losses.detach()[rows == row]
+            sums = self._sums.setdefault(source, [0.0, 0.0])
+            sums[0] += float(own.sum())
+            sums[1] += own.numel()
+        return losses.sum(), losses.numel()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log_dict({f"loss_{source}": total / max(count, 1) for source, (total, count) in self._sums.items()})
+            self._sums.clear()

@@ -1,0 +1,109 @@
+"""The loop's training stages as steps: what each one reads, mixes and trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from sicog_exp.data.chat import ChatEncoder
+from sicog_exp.data.mixture import Mixture, RecordSource
+from sicog_exp.models.loading import ModelSource, load_model, save_model, work_of
+from sicog_exp.prompts import KINDS, Kind
+from sicog_exp.recipe import ModelConfig, StageConfig
+from sicog_exp.records import Record, read_records
+from sicog_exp.store import Artifact, Workplace
+from sicog_exp.training.fit import StageData, StepBatches, fit
+from sicog_exp.training.modules import MultimodalPretraining, SupervisedFineTuning
+
+REVISION = 1
+SELF_SOURCES = ("self_caption", "self_reasoning")
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """What one stage depends on besides its input artifacts (`model`, `data` and, for pre-training, `curated`)."""
+
+    stage: StageConfig
+    model: ModelConfig
+    shares: Mapping[str, float]
+    """Shares of the mixture by source: annotated, instruction, text, self_caption, self_reasoning."""
+    seed: int
+    kinds: tuple[Kind, ...] = KINDS
+    """Kinds of the annotated rows used; two generators take one half each."""
+    max_pixels: int = 50_000_000
+
+
+def rows_by_source(task: TrainingTask, inputs: Mapping[str, Artifact]) -> dict[str, tuple[Sequence[Record], Path]]:
+    """source -> (records, root of their images), for every source that the task's shares name."""
+    data = inputs["data"]
+    annotated = read_records(data / "annotated.parquet")
+    instruction = read_records(data / "instruction.parquet")
+    found = {
+        "annotated": [r for r in annotated if r.kind in task.kinds and r.kind != "text"],
+        "instruction": [r for r in instruction if r.kind != "text"],
+        "text": [r for r in (*instruction, *annotated) if r.kind == "text"],
+    }
+    if "curated" in inputs:
+        chosen = read_records(inputs["curated"] / "self.parquet")
+        found |= {source: [r for r in chosen if r.source == source] for source in SELF_SOURCES}
+    return {source: (found[source], data.path) for source in task.shares if source in found}
+
+
+def build_mixture(task: TrainingTask, inputs: Mapping[str, Artifact], encoder: ChatEncoder) -> Mixture:
+    """The task's rows, tokenized. Raises MixtureError when no source has one."""
+    length = task.stage.max_length
+    sources = [(RecordSource(source, records, root, encoder, length, task.max_pixels), task.shares[source])
+               for source, (records, root) in rows_by_source(task, inputs).items()]  # fmt: skip
+    for source, _ in sources:
+        if source.too_long:
+            print(f"training: {len(source.too_long)} {source.name} rows are longer than {length} tokens and set aside, "
+                  f"for example {source.too_long[0]}")  # fmt: skip
+    return Mixture(sources, task.seed)
+
+
+class MixtureData(StageData):
+    """A stage's mixture behind a LightningDataModule. `processor` is set when the stage's model is loaded."""
+
+    def __init__(self, task: TrainingTask, inputs: Mapping[str, Artifact]) -> None:
+        super().__init__()
+        self.task, self.inputs = task, dict(inputs)
+        self.processor: Any = None
+
+    def setup(self, stage: str) -> None:
+        mixture = build_mixture(self.task, self.inputs, ChatEncoder(self.processor))
+        config = self.task.stage
+        pad = self.processor.tokenizer.pad_token_id
+        self.batches = StepBatches(mixture, config.batch_size, config.micro_batch_size, pad)
+
+
+def fine_tune(task: TrainingTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+    """Develop, align or instruct: supervised fine-tuning of the input model on the task's mixture."""
+    _train(SupervisedFineTuning, MixtureData(task, inputs), workplace)
+
+
+def pretrain(data: MixtureData, workplace: Workplace) -> None:
+    """Multimodal pre-training on a mixture that holds self-generated data."""
+    _train(MultimodalPretraining, data, workplace)
+
+
+def _train(kind: type[SupervisedFineTuning], data: MixtureData, workplace: Workplace) -> None:
+    task = data.task
+    model, data.processor = load_model(ModelSource(str(data.inputs["model"].path), task.model.trust_remote_code))
+    fit(kind(model, task.stage), data, task.model, workplace, task.seed, step_logger(workplace))
+    facts = workplace.facts
+    workplace.add(flops=work_of(model).flops(int(facts["tokens"]), int(facts["image_tokens"]), training=True))
+    save_model(model, data.processor, workplace.directory)
+
+
+def step_logger(workplace: Workplace) -> Logger | None:
+    """Lightning's metrics go to the step's own MLflow run; Lightning ends that run when training ends."""
+    if not workplace.tracked_run:
+        return None
+    from lightning.pytorch.loggers import MLFlowLogger
+    from mlflow import get_tracking_uri
+
+    return MLFlowLogger(run_id=workplace.tracked_run, tracking_uri=get_tracking_uri(), log_model=False)

