@@ -81,8 +81,9 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
     from sicog_exp.reporting import collect, report
 
     tracker = runner.tracker
-    tables = [compare.score_table(generation.scores.path) for generation in lineage.generations]
-    deltas = compare.deltas([generation.scores.path for generation in lineage.generations])
+    scored, resamples = [generation.scores.path for generation in lineage.generations], recipe.evaluation.bootstrap
+    tables = [compare.score_table(path, resamples) for path in scored]
+    deltas = compare.deltas(scored, resamples)
     for index, table in enumerate(tables):
         metrics = compare.metrics(table)
         if index:
@@ -90,7 +91,7 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
             metrics |= collect.curation_metrics(curated, lineage.data) if curated else {}
         tracker.log_generation(index, metrics)
         tracker.register(index, lineage.generations[index].model, metrics)
-    champion = compare.champion([generation.scores.path for generation in lineage.generations])
+    champion = compare.champion(scored, resamples)
     tracker.promote(champion)
     log_datasets(lineage, tracker)
     share = orchestration_share(runner, wall)

@@ -92,7 +92,8 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Question:
     absent = [color for color in COLORS if color not in shown]
     answer = _pick(rng, ("yes", "no")) if absent else "yes"
     color = _pick(rng, shown if answer == "yes" else absent)
-    listed = " ".join(f"{thing.color} {thing.name}" for thing in members)
+    # A name is found by its category and a color by its name, so reasoning says the name first.
+    listed = " ".join(f"{thing.name} {thing.color}" for thing in members)
     return Question("existence", f"Is there a {color} {category}?", answer, f"find {color} {category}", listed)
 
 
@@ -103,7 +104,7 @@ def _attribute(scene: Scene, rng: np.random.Generator) -> Question | None:
     category = _pick(rng, single)
     thing = _of_category(scene, category)[0]
     text = f"What color is the {category}?"
-    return Question("attribute", text, thing.color, f"find {category} color", f"{thing.color} {thing.name}")
+    return Question("attribute", text, thing.color, f"find {category} color", f"{thing.name} {thing.color}")
 
 
 def _counting(scene: Scene, rng: np.random.Generator) -> Question:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from sicog_exp.recipe import ModelConfig
 from sicog_exp.store import Workplace
 from sicog_exp.training.modules import Stage
 
+# Lightning's notices about devices and its tips at every stage would bury our progress.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 LOG_EVERY = 10
 """Optimizer steps between logged metrics."""
 
