@@ -1,6 +1,7 @@
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: iterate test check ui base
 

@@ -14,16 +14,18 @@ DEFAULT_RECIPE = "experiments/embedded.yaml"
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sicog", description="Run, measure and compare self-improving multimodal LLM experiments (SIcog).")
+        prog="sicog", description="Run, measure and compare self-improving multimodal LLM experiments (SIcog)."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _recipe_command(commands, "iterate", DEFAULT_RECIPE, "run a recipe: develop, generate, curate, pre-train, instruct, evaluate",
-                    "Runs a recipe, or continues it where it was killed; a finished run is a no-op.")
+    stages = "develop, generate, curate, pre-train, instruct, evaluate"
+    _recipe_command(commands, "iterate", DEFAULT_RECIPE, f"run a recipe: {stages}",
+                    "Runs a recipe, or continues it where it was killed; a finished run is a no-op.")  # fmt: skip
     _recipe_command(commands, "base", "experiments/base.yaml", "train the embedded base model again",
-                    "Trains the embedded base from nothing and writes it to --publish.")
+                    "Trains the embedded base from nothing and writes it to --publish.")  # fmt: skip
     commands.choices["base"].add_argument("--publish", type=Path, help="folder for the finished model (default: none)")
     curate = commands.add_parser("curate", help="curate any file of candidates by self-consistency", description=(
         "Reads rows {id, kind, prompt, image, candidates} and writes curated.jsonl, scores.jsonl, preferences.jsonl, "
-        "rejected.jsonl and summary.json."))
+        "rejected.jsonl and summary.json."))  # fmt: skip
     curate.add_argument("--candidates", type=Path, required=True, help="JSONL file of rows with candidates")
     curate.add_argument("--out", type=Path, required=True, help="folder for the results")
     curate.add_argument("overrides", nargs="*", help="such as curation.encoder=minilm curation.caption_threshold=0.9")
@@ -100,14 +102,15 @@ def _curate(args: argparse.Namespace) -> int:
     from sicog_exp.recipe import CurationConfig, build_overrides
 
     summary = curate_file(args.candidates, args.out, build_overrides(CurationConfig, "curation", args.overrides))
-    print(f"kept {summary['kept']} of {summary['items']} items; {summary['rejected_rows']} rows set aside; see {args.out}")
+    kept, aside = f"kept {summary['kept']} of {summary['items']} items", f"{summary['rejected_rows']} rows set aside"
+    print(f"{kept}; {aside}; see {args.out}")
     return 0
 
 
 def _ui(args: argparse.Namespace) -> int:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(args.port)]
-    os.execv(sys.executable, command)
+    options = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(args.port)]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *options])
 
 
 def quiet_libraries() -> None:

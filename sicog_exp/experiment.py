@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -140,7 +139,8 @@ def orchestration_share(runner: Runner, wall: float) -> float:
 def intact(store: Store, finished: Artifact) -> bool:
     """Whether every artifact behind a finished run still is what it was; damaged ones are moved aside."""
     names = json.loads((finished / SUMMARY).read_text())["artifacts"]
-    return all([store.check(name) for name in names])
+    whole = [store.check(name) for name in names]  # every one is looked at
+    return all(whole)
 
 
 def expected_work(recipe: Recipe) -> dict[str, float]:
@@ -174,9 +174,10 @@ def check_memory(recipe: Recipe) -> None:
         raise RecipeError(f"model.base={recipe.model.base}: no safetensors weights in {loop.base_folder(recipe)}")
     need = WEIGHTS_IN_TRAINING * sum(path.stat().st_size for path in files)
     if recipe.model.torch_device == "cpu" and need > psutil.virtual_memory().total:
-        raise RecipeError(f"model.base={recipe.model.base}: training needs about {need / 1e9:.0f} GB for weights, gradients "
-                          f"and optimizer; this machine has {psutil.virtual_memory().total / 1e9:.0f} GB. Use a smaller "
-                          "model or a larger machine")  # fmt: skip
+        has = psutil.virtual_memory().total / 1e9
+        raise RecipeError(f"model.base={recipe.model.base}: training needs about {need / 1e9:.0f} GB for weights, "
+                          f"gradients and optimizer; this machine has {has:.0f} GB. Use a smaller model or a larger "
+                          "machine")  # fmt: skip
 
 
 def reproduce_command(recipe: Recipe) -> str:
@@ -196,9 +197,11 @@ def show(finished: Artifact, console: Console) -> None:
     for delta in summary["deltas"]:
         if delta["before"] == "G0" and delta["after"] == f"G{len(summary['generations']) - 1}":
             low, high = 100 * delta["low"], 100 * delta["high"]
-            console.print(f"{delta['after']} - {delta['before']}  {delta['task']}: {100 * delta['difference']:+.1f} points "
-                          f"[{low:+.1f}, {high:+.1f}]", highlight=False)  # fmt: skip
-    console.print(f"orchestration: {summary['orchestration_share']:.0%} of {summary['wall_seconds']:.0f} s", highlight=False)
+            names = f"{delta['after']} - {delta['before']}  {delta['task']}"
+            points = f"{100 * delta['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]"
+            console.print(f"{names}: {points}", highlight=False)
+    share, wall = summary["orchestration_share"], summary["wall_seconds"]
+    console.print(f"orchestration: {share:.0%} of {wall:.0f} s", highlight=False)
     console.print(f"report: {finished / REPORT}", highlight=False)
     console.print(f"MLflow run {summary['run_id']}; open the UI with `make ui` (127.0.0.1:5000)", highlight=False)
 

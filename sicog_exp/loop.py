@@ -53,7 +53,7 @@ def iterate(recipe: Recipe, runner: Runner) -> Lineage:
             self_data = self_data_module(recipe, index, aligned, data, generators, pools, runner)
             self_data.prepare_data()
             pools = self_data.pools if recipe.sampling.pooled else []
-            lineage.curated.append(self_data.curated)
+            lineage.curated.append(self_data.inputs["curated"])
             pretrained = pretrain(runner, recipe, self_data)
         else:
             pretrained = fine_tune(runner, recipe, "pretrain", recipe.pretrain, aligned, data, mixture_shares(recipe))
@@ -128,8 +128,10 @@ def mixture_shares(recipe: Recipe) -> dict[str, float]:
     return {"text": mixture.text, "annotated": mixture.annotated + own}
 
 
-def self_data_module(recipe: Recipe, iteration: int, model: Artifact, data: Artifact,
-                     generators: Mapping[Group, Artifact], pools: list[Artifact], runner: Runner) -> SelfDataModule:  # fmt: skip
+def self_data_module(
+    recipe: Recipe, iteration: int, model: Artifact, data: Artifact, generators: Mapping[Group, Artifact],
+    pools: list[Artifact], runner: Runner,
+) -> SelfDataModule:  # fmt: skip
     pool = PoolTask(recipe.sampling, recipe.model, "caption", iteration, recipe.seed, recipe.data.max_pixels)
     training = training_task(recipe, recipe.pretrain, mixture_shares(recipe))
     return SelfDataModule(pool, recipe.curation, training, model, data, generators, pools, runner.run)
@@ -220,4 +222,4 @@ def base_folder(recipe: Recipe) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack"]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise RecipeError(f"model.base={recipe.model.base}: neither a folder nor a model that the hub gave us ({error})") from None
+        raise RecipeError(f"model.base={name}: neither a folder nor a model that the hub gave us ({error})") from None

@@ -69,11 +69,12 @@ def steps_of(kind: Kind, response: str) -> tuple[str, ...] | None:
 
 def _content(header: str, body: str) -> str:
     """A step's text without the rest of its header line, whatever that line's wording."""
-    wording = header.split(": ", 1)[1]
-    body = body.strip()
-    if body.startswith(wording):
-        return body.removeprefix(wording).lstrip(" .:\n").strip()
-    return body.split("\n", 1)[1].strip() if "\n" in body else body
+    first, newline, rest = body.strip().partition("\n")
+    tail = first.removeprefix(header.split(": ", 1)[1])
+    if tail != first and (not newline or re.match(r"\**[.:]\**\s*\w", tail)):
+        # our wording, with the content behind it on the same line
+        return f"{tail.lstrip(' .:*')}{newline}{rest}".strip()
+    return rest.strip() if newline else first
 
 
 def final_text(kind: Kind, response: str) -> str | None:
@@ -88,7 +89,8 @@ def final_text(kind: Kind, response: str) -> str | None:
 
 
 _ARTICLES = {"a", "an", "the"}
-_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_NUMBERS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+            "eight": "8", "nine": "9", "ten": "10"}  # fmt: skip
 
 
 def normalize_answer(text: str) -> str:

@@ -7,6 +7,8 @@ what is allowed; cross-field checks stand in each class's `__post_init__`.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -73,7 +75,9 @@ class DataConfig:
     """Images with more pixels are set aside."""
 
     def __post_init__(self) -> None:
-        _positive(self, "annotated_images", "development_images", "benchmark_images", "questions_per_image", "max_pixels")
+        _require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
+        _positive(self, "annotated_images", "development_images", "benchmark_images", "questions_per_image")
+        _positive(self, "max_pixels")
         _share(self, "holdout", "max_bad_share")
         if self.source == "own":
             for name in ("annotated", "unlabeled"):
@@ -142,8 +146,9 @@ class StageConfig:
         _require(self.steps >= 0, f"steps={self.steps}: must be 0 or more")
         _positive(self, "batch_size", "micro_batch_size", "clip_norm", "max_length", "checkpoint_every")
         _share(self, "warmup_ratio")
-        _require(self.batch_size % self.micro_batch_size == 0,
-                 f"batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size}")  # fmt: skip
+        whole = self.batch_size % self.micro_batch_size == 0
+        _require(whole, f"batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size}")
+        _require(self.weight_decay >= 0, f"weight_decay={self.weight_decay}: must be 0 or more")
         rates = (self.vision_lr, self.projector_lr, self.language_lr)
         _require(min(rates) >= 0, f"learning rates {rates}: must be 0 (frozen) or more")
         _require(self.steps == 0 or max(rates) > 0, "all three learning rates are 0: nothing would train")
@@ -195,7 +200,8 @@ class CurationConfig:
     reasoning_threshold: float = 0.85
     """Keep a question's answer when the best score reaches this."""
     reasoning_scorer: Literal["similarity", "agreement"] = "agreement"
-    """`similarity`: mean similarity of final answers; `agreement`: share of candidates with the same normalised answer."""
+    """`similarity`: mean similarity of final answers; `agreement`: share of candidates with the same normalised
+    answer."""
     require_direct_agreement: bool = False
     """Keep a question only if the chosen answer is also the most frequent direct answer."""
     select: Literal["best", "random"] = "best"
@@ -214,9 +220,10 @@ class CurationConfig:
     def __post_init__(self) -> None:
         _share(self, "near_duplicate")
         for name in ("caption_threshold", "reasoning_threshold"):
-            _require(-1 <= getattr(self, name) <= 1, f"curation.{name}={getattr(self, name)}: must lie between -1 and 1")
-        _require(0 <= self.min_words <= self.max_words,
-                 f"min_words={self.min_words}, max_words={self.max_words}: need 0 <= min_words <= max_words")  # fmt: skip
+            value = getattr(self, name)
+            _require(-1 <= value <= 1, f"curation.{name}={value}: must lie between -1 and 1")
+        in_order = 0 <= self.min_words <= self.max_words
+        _require(in_order, f"min_words={self.min_words}, max_words={self.max_words}: need 0 <= min_words <= max_words")
 
 
 @dataclass(frozen=True)
@@ -302,10 +309,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(self.iterations >= 0, f"iterations={self.iterations}: must be 0 or more")
+        _require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
         _share(self, "replay")
-        caption, reasoning = self.sampling.cod + self.sampling.dd, self.sampling.cot + self.sampling.direct
-        _require(not self.self_data or caption + reasoning > 0,
-                 "sampling asks for no candidate of any kind: set sampling.cod, dd, cot or direct, or self_data=false")  # fmt: skip
+        candidates = self.sampling.cod + self.sampling.dd + self.sampling.cot + self.sampling.direct
+        _require(not self.self_data or candidates > 0, "sampling asks for no candidate of any kind: set sampling.cod, "
+                 "sampling.dd, sampling.cot or sampling.direct above 0, or self_data=false")  # fmt: skip
 
 
 T = TypeVar("T")
@@ -356,6 +364,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise RecipeError(f"{key}={value!r}: expected {hint.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{key}={value!r}: expected a finite number")
     return value
 
 
@@ -376,8 +386,8 @@ def load_as(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()
         _require("=" in override, f"{override!r}: an override is key=value, for example curation.encoder=minilm")
     try:
         merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
         raise RecipeError(f"{file}: {error}") from None
     try:
         return build(cls, values)
@@ -388,10 +398,15 @@ def load_as(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()
 def build_overrides(cls: type[T], section: str, overrides: typing.Sequence[str]) -> T:
     """One section from its defaults and a dotlist such as `curation.encoder=minilm`. Raises RecipeError."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     for override in overrides:
         _require("=" in override, f"{override!r}: an override is key=value, for example {section}.{_keys(cls)[0]}=...")
-    values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), throw_on_missing=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise RecipeError(f"{' '.join(overrides)}: {error}") from None
     unknown = sorted(set(typing.cast(dict, values)) - {section})
     _require(not unknown, f"{', '.join(unknown)}: only {section}.* keys apply here, such as {section}.{_keys(cls)[0]}")
     return build(cls, typing.cast(dict, values).get(section, {}), section)
@@ -401,4 +416,22 @@ def to_yaml(config: Any) -> str:
     """A resolved configuration as YAML that `load` reads back to an equal one."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_representer(str, _yaml_string)
+    return yaml.dump(dataclasses.asdict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _yaml_string(dumper: Any, text: str) -> Any:
+    """A string that OmegaConf reads back as it is: it takes 1e3 for a number and ${...} for a reference."""
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", escaped, style="'" if _is_number(text) else None)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

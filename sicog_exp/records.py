@@ -7,6 +7,7 @@ Records are Parquet (read with `datasets.load_dataset("parquet", ...)` or pyarro
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -61,6 +62,8 @@ class Record:
         for message in self.messages:
             if message.role == "assistant" and not message.content.strip():
                 raise RecordError("empty response; remove the record or write its answer")
+            if message.role == "system" and message is not self.messages[0]:
+                raise RecordError("a system message after the first message; put it in front")
             if message.role != "user" and IMAGE_PLACEHOLDER in message.content:
                 raise RecordError(f"{IMAGE_PLACEHOLDER} in a {message.role} message; images belong to the user")
 
@@ -97,6 +100,16 @@ class Candidate:
     logprob: float
     tokens: int
     finish_reason: Literal["stop", "length"]
+
+    def __post_init__(self) -> None:
+        if not self.sample_id or self.kind not in KINDS or self.index < 0:
+            raise RecordError(f"candidate {self.key}: needs a sample id, a kind of {', '.join(KINDS)}, an index from 0")
+        if not isinstance(self.text, str) or self.finish_reason not in ("stop", "length"):
+            raise RecordError(f"candidate {self.key}: text {self.text!r:.80}, finish reason {self.finish_reason!r}; "
+                              "an engine must give a string and stop or length")  # fmt: skip
+        if not math.isfinite(self.logprob) or self.tokens < 0:
+            raise RecordError(f"candidate {self.key}: logprob {self.logprob}, {self.tokens} tokens; a finite number and "
+                              "0 or more are needed")  # fmt: skip
 
     @property
     def key(self) -> tuple[str, str, int]:

@@ -8,9 +8,11 @@ directory renamed: an artifact either is whole or does not exist.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -26,6 +28,8 @@ from typing import Any
 MANIFEST = "manifest.json"
 SCRATCH = "scratch"
 """Sub-directory of a partial artifact for checkpoints and shards; removed when the step is done."""
+FULL_BELOW = 1_000_000
+"""Free bytes under which a failed write is blamed on the disk."""
 RECORDED_LIBRARIES = ("sicog-exp", "torch", "transformers", "lightning", "lmms-eval", "datasets", "numpy")
 
 
@@ -47,6 +51,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"{value} has no canonical form; use a finite number")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise TypeError(f"{type(value).__name__} has no canonical form; use dataclasses, mappings, lists, numbers, strings")
@@ -161,11 +167,11 @@ class Store:
         path = self.path_of(step)
         if not path.is_dir():
             return None
-        damage = self._damage(path)
-        if damage is None:
-            return Artifact(path, json.loads((path / MANIFEST).read_text()), cached=True)
-        self.set_aside(path, damage)
-        return None
+        return self._read(path) if self.check(path.name) else None
+
+    @staticmethod
+    def _read(path: Path) -> Artifact:
+        return Artifact(path, json.loads((path / MANIFEST).read_text()), cached=True)
 
     def set_aside(self, path: Path, reason: str) -> None:
         """Move an artifact out of the way, so that its step runs again; nothing is deleted."""
@@ -176,6 +182,13 @@ class Store:
     def check(self, name: str) -> bool:
         """Whether the artifact directory `name` is whole; a damaged one is moved aside."""
         path = self.root / name
+        if not path.is_dir() or self._damage(path) is None:
+            return path.is_dir()
+        # Another process may be moving and remaking it just now: only who holds its lock may say that it is damaged.
+        with self._lock(path):
+            return self._whole(path)
+
+    def _whole(self, path: Path) -> bool:
         damage = self._damage(path)
         if damage and path.is_dir():
             self.set_aside(path, damage)
@@ -183,11 +196,12 @@ class Store:
 
     def run(self, step: Step, progress: Progress | None = None, tracked_run: str = "") -> Artifact:
         """The step's artifact, made now unless it exists. Raises StoreError when the disk is full."""
-        with self._lock(step):
-            return self.find(step) or self._make(step, progress, tracked_run)
+        path = self.path_of(step)
+        with self._lock(path):
+            return self._read(path) if self._whole(path) else self._make(step, progress, tracked_run)
 
     def _make(self, step: Step, progress: Progress | None, tracked_run: str) -> Artifact:
-        partial = self.path_of(step).with_suffix(".partial")
+        partial = _sibling(self.path_of(step), ".partial")
         scratch = partial / SCRATCH
         scratch.mkdir(parents=True, exist_ok=True)
         workplace = Workplace(partial, scratch, progress=progress, tracked_run=tracked_run)
@@ -198,8 +212,8 @@ class Store:
             manifest = {**step.identity, "fingerprint": step.fingerprint, "outputs": checksums(partial),
                         "facts": {**workplace.facts, **measured}, "made_by": tracked_run, **_environment()}  # fmt: skip
             self._publish(partial, self.path_of(step), manifest)
-        except OSError as error:
-            if error.errno == 28:
+        except Exception as error:
+            if _disk_full(error, partial):
                 raise StoreError(f"disk full while step {step.name} wrote to {partial}: free some space and run the "
                                  "same command again; it continues") from error  # fmt: skip
             raise
@@ -207,14 +221,15 @@ class Store:
 
     @staticmethod
     def _publish(partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-        shutil.rmtree(partial / SCRATCH)
         for file in partial.rglob("*"):
             _fsync(file)
         text = json.dumps(manifest, indent=1, sort_keys=True)
-        temporary = partial / f"{MANIFEST}.tmp"
+        # Scratch is no output: a manifest half written there by a killed run is never taken for one.
+        temporary = partial / SCRATCH / MANIFEST
         temporary.write_text(text)
         _fsync(temporary)
         temporary.rename(partial / MANIFEST)
+        shutil.rmtree(partial / SCRATCH)
         _fsync(partial)
         partial.rename(final)
         _fsync(final.parent)
@@ -223,28 +238,42 @@ class Store:
     def _damage(path: Path) -> str | None:
         """What is wrong with an artifact, or None."""
         try:
-            expected = json.loads((path / MANIFEST).read_text())["outputs"]
-        except (OSError, ValueError, KeyError) as error:
+            expected = dict(json.loads((path / MANIFEST).read_text())["outputs"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{MANIFEST}: {error}"
-        actual = checksums(path)
+        try:
+            actual = checksums(path)
+        except OSError as error:
+            return str(error)
         wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
         return f"{', '.join(wrong[:3])} changed, missing or added" if wrong else None
 
     @contextmanager
-    def _lock(self, step: Step) -> Iterator[None]:
+    def _lock(self, artifact: Path) -> Iterator[None]:
         """One process at a time on one step; the kernel frees a dead owner's lock. The file names the owner."""
-        path = self.path_of(step).with_suffix(".lock")
+        path = _sibling(artifact, ".lock")
         with path.open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                print(f"store: waiting for {step.name}, which process {file.read().strip() or '?'} is running")
+                print(f"store: waiting for {artifact.name}, which process {file.read().strip() or '?'} is running")
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             yield
+
+
+def _sibling(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _disk_full(error: Exception, folder: Path) -> bool:
+    """Whether a full disk is behind the error; torch's and safetensors' writers raise errors of their own."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return not isinstance(error, OSError) and shutil.disk_usage(folder).free < FULL_BELOW
 
 
 def _fsync(path: Path) -> None:

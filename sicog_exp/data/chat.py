@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from sicog_exp.records import IMAGE_PLACEHOLDER, Message
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
 IGNORED = -100
@@ -58,29 +60,36 @@ class ChatEncoder:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token: str = processor.image_token
+        start = self.tokenizer.encode("")
+        # Llama-like models expect a token in front of every text, which chat templates leave to the tokenizer.
+        self._start: list[int] = start if start == [self.tokenizer.bos_token_id] else []
 
-    def pixels(self, images: Sequence[Image]) -> Mapping[str, torch.Tensor]:
+    def pixels(self, images: Sequence[Image | NDArray[np.uint8]]) -> Mapping[str, torch.Tensor]:
         """The processor's image tensors for one example's images (for LLaVA: pixel_values (images, 3, H, W))."""
         return self.processor.image_processor(images=list(images), return_tensors="pt")
 
     def prompt(self, messages: Sequence[Message], image_inputs: Mapping[str, Any] | None) -> list[int]:
-        """Tokens up to where the assistant begins to speak."""
+        """Tokens up to where the assistant begins to speak, cut into the same pieces as in `example`."""
+        earlier, done = self._pieces(messages)
         text = self._render(messages, generation=True)
-        return self._tokens(self._expand([text], image_inputs)[0])
+        if not text.startswith(done):
+            raise ChatError("the chat template rewrites earlier turns: generation would see other tokens than training")
+        pieces = [*(piece for piece, _ in earlier), text[len(done) :]]
+        return [token for tokens in self._tokens(self._expand(pieces, image_inputs)) for token in tokens]
 
     def example(self, messages: Sequence[Message], image_inputs: Mapping[str, Any] | None, max_length: int) -> Example:
         """A whole conversation with its label mask: loss on every assistant turn and its end, nowhere else.
 
-        Raises ChatError when the prompt alone, image tokens included, does not fit; a longer response is cut at its end.
+        Raises ChatError when the prompt alone, image tokens included, does not fit; a longer response is cut at its
+        end.
         """
-        pieces = self._pieces(messages)
+        pieces, _ = self._pieces(messages)
         if not pieces:
             raise ChatError("the conversation has no response to learn from")
         texts = self._expand([text for text, _ in pieces], image_inputs)
         ids: list[int] = []
         labels: list[int] = []
-        for text, (_, trained) in zip(texts, pieces, strict=True):
-            tokens = self._tokens(text)
+        for tokens, (_, trained) in zip(self._tokens(texts), pieces, strict=True):
             ids += tokens
             labels += tokens if trained else [IGNORED] * len(tokens)
         first_response = next(i for i, label in enumerate(labels) if label != IGNORED)
@@ -94,8 +103,8 @@ class ChatEncoder:
         if image_id in ids[max_length:]:
             raise ChatError(f"max_length={max_length} would cut image tokens of a {len(ids)} token conversation")
 
-    def _pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """(text, trained) pieces whose concatenation is the rendered conversation up to its last end of turn."""
+    def _pieces(self, messages: Sequence[Message]) -> tuple[list[tuple[str, bool]], str]:
+        """(text, trained) pieces up to the last response's end of turn, and the rendered text that they cover."""
         pieces: list[tuple[str, bool]] = []
         done = ""
         for i, message in enumerate(messages):
@@ -106,14 +115,18 @@ class ChatEncoder:
             if not before.startswith(done) or not after.startswith(before):
                 raise ChatError("the chat template rewrites earlier turns: a label mask cannot be made for it")
             response = self._to_end_of_turn(after[len(before) :])
-            pieces += [(before[len(done) :], False), (response, True)]
+            end = "" if response.endswith(self.tokenizer.eos_token) else self.tokenizer.eos_token
+            pieces += [(before[len(done) :], False), (response + end, True)]
             done = before + response
-        return pieces
+        return pieces, done
 
     def _to_end_of_turn(self, text: str) -> str:
-        """A response with its end-of-turn token and without what the template writes behind it."""
+        """A response up to its end-of-turn token, without what the template writes behind it.
+
+        Some templates write none (LLaVA-1.5's): then up to its last word.
+        """
         end = self.tokenizer.eos_token
-        return text[: text.rindex(end) + len(end)] if end in text else text.rstrip("\n") + end
+        return text[: text.rindex(end) + len(end)] if end in text else text.rstrip()
 
     def _render(self, messages: Sequence[Message], generation: bool) -> str:
         return self.processor.apply_chat_template(to_chat(messages), add_generation_prompt=generation, tokenize=False)
@@ -130,5 +143,9 @@ class ChatEncoder:
             expanded.append(head)
         return expanded
 
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each piece of one conversation, the first one with what the model expects in front."""
+        pieces = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        if self._start and pieces[0][:1] != self._start:
+            pieces[0] = self._start + pieces[0]
+        return pieces

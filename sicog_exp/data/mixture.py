@@ -37,8 +37,11 @@ class Row:
 class Source(Protocol):
     """Rows of one origin. `rows` is their number, None for an endless stream."""
 
-    name: str
-    rows: int | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rows(self) -> int | None: ...
 
     def row(self, index: int) -> Row: ...
 

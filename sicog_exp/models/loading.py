@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,17 +39,33 @@ def resolve_base(name: str) -> str:
 def load_model(source: ModelSource, dtype: str = "float32") -> tuple[PreTrainedModel, Any]:
     """The model (in eval mode, on the CPU) and its processor. Raises ModelError for what transformers can't load."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     options = {"trust_remote_code": source.trust_remote_code}
     try:
         processor = AutoProcessor.from_pretrained(source.path, **options)
-        model = AutoModelForImageTextToText.from_pretrained(
-            source.path, dtype=getattr(torch, dtype), use_safetensors=True, **options)  # fmt: skip
-    except (OSError, ValueError, KeyError) as error:
+        made: Any = AutoModelForImageTextToText.from_pretrained(
+            source.path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
+        )
+        model, loaded = made
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source.path}: transformers cannot load it as an image-text-to-text model ({error}). Give a "
-                         "folder with config.json, safetensors weights and a processor, or a reachable hub name") from error  # fmt: skip
+                         "folder with config.json, safetensors weights and a processor, or a reachable hub "
+                         "name") from error  # fmt: skip
+    _check_whole(source.path, processor, loaded)
     return model.eval(), processor
+
+
+def _check_whole(path: str, processor: Any, loaded: Mapping[str, Any]) -> None:
+    """transformers puts random numbers where a checkpoint lacks weights, and a tokenizer where it lacks a processor."""
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise ModelError(f"{path}: the checkpoint lacks {len(missing)} weights of its model, such as {missing[0]}; get "
+                         "the whole checkpoint")  # fmt: skip
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ModelError(f"{path}: no processor with an image processor and a tokenizer; copy the model's "
+                         "processor_config.json (or preprocessor_config.json) and tokenizer files there")  # fmt: skip
 
 
 def save_model(model: PreTrainedModel, processor: Any, directory: Path) -> None:
@@ -107,6 +124,8 @@ class Work:
 def work_of(model: PreTrainedModel) -> Work:
     parameters = part_parameters(model)
     counts = {part: sum(p.numel() for p in group) for part, group in parameters.items()}
-    table = model.get_input_embeddings().weight.numel()
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    embedding: Any = cast(Any, model).get_input_embeddings()
+    head: Any = cast(Any, model).get_output_embeddings()
+    table = embedding.weight.numel()
+    tied = head is None or head.weight is embedding.weight
     return Work(counts["vision"] + counts["projector"], counts["language"] - (0 if tied else table))

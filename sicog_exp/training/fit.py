@@ -7,22 +7,20 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader, IterableDataset
 
 from sicog_exp.data.mixture import Mixture, Row, collate
 from sicog_exp.recipe import ModelConfig
 from sicog_exp.store import Workplace
-from sicog_exp.training.modules import Stage
+from sicog_exp.training.modules import LOG_EVERY, Stage
 
 # Lightning's notices about devices and its tips at every stage would bury our progress.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-LOG_EVERY = 10
-"""Optimizer steps between logged metrics."""
 
 
 class StepBatches(IterableDataset):
@@ -64,8 +62,9 @@ class Checkpoints(Callback):
     def newest(folder: Path) -> Path | None:
         return max(folder.glob("step-*.ckpt"), default=None)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Stage, outputs: Any, batch: Any, *_: Any) -> None:
-        self._workplace.add(**pl_module.work(batch))
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:  # fmt: skip
+        self._workplace.add(**cast(Stage, pl_module).work(batch))
         step = trainer.global_step
         if self._workplace.progress:
             self._workplace.progress(step, trainer.max_steps)
@@ -107,8 +106,9 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
     checkpoint = Checkpoints.newest(workplace.scratch)
     if checkpoint:
         data.first_step = int(checkpoint.stem.removeprefix("step-"))
+    devices: Any = 1 if model.device == "cpu" else "auto"
     trainer = Trainer(
-        max_steps=module.config.steps, max_epochs=-1, accelerator=model.device, devices=1 if model.device == "cpu" else "auto",
+        max_steps=module.config.steps, max_epochs=-1, accelerator=model.device, devices=devices,
         precision=model.precision, logger=logger or False, log_every_n_steps=LOG_EVERY, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         callbacks=[Checkpoints(workplace, module.config.checkpoint_every)],
@@ -118,6 +118,6 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
     # Our own checkpoint, written moments ago by this user: Lightning's optimizer state needs the full loader.
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
     module.eval()
-    if trainer.global_step != module.config.steps:
+    if trainer.global_step == 0 or trainer.global_step != module.config.steps:
         raise RuntimeError(f"trained {trainer.global_step} of {module.config.steps} steps")
     workplace.add(steps=trainer.global_step, model_seconds=time.time() - started)

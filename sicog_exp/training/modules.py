@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,6 +19,10 @@ from sicog_exp.recipe import StageConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+LOG_EVERY = 10
+"""Optimizer steps between logged metrics."""
 
 
 def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
@@ -49,14 +53,16 @@ class Stage(LightningModule):
         raise NotImplementedError
 
     def training_step(self, batch: Sequence[Mapping[str, Any]], batch_idx: int) -> None:
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
         terms = self._all_terms(sum(self.terms(micro) for micro in batch))
         loss = torch.zeros((), device=self.device)
         for micro in batch:
             summed, _ = self.batch_loss(micro)
             # Data-parallel strategies average gradients over ranks, so each rank's share is scaled back up.
-            self.manual_backward(summed * self.trainer.world_size / terms)
+            # A micro-batch of text alone reaches no trained parameter where only the projector trains.
+            if summed.requires_grad:
+                self.manual_backward(summed * self.trainer.world_size / terms)
             loss += summed.detach() / terms
         norm = torch.nn.utils.clip_grad_norm_(self.trained_parameters, self.config.clip_norm)
         if not torch.isfinite(norm):
@@ -73,7 +79,7 @@ class Stage(LightningModule):
     def _all_terms(self, count: int) -> int:
         if self.trainer.world_size == 1:
             return count
-        return int(self.all_gather(torch.tensor(count, device=self.device)).sum())
+        return int(cast(Tensor, self.all_gather(torch.tensor(count, device=self.device))).sum())
 
     @property
     def trained_parameters(self) -> list[torch.nn.Parameter]:
@@ -142,6 +148,7 @@ class MultimodalPretraining(SupervisedFineTuning):
         return losses.sum(), losses.numel()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log_dict({f"loss_{source}": total / max(count, 1) for source, (total, count) in self._sums.items()})
+        if self.logger and self.global_step % LOG_EVERY == 0:
+            means = {f"loss_{source}": total / max(count, 1) for source, (total, count) in self._sums.items()}
+            self.logger.log_metrics(means, step=self.global_step)
             self._sums.clear()

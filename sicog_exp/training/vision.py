@@ -41,7 +41,8 @@ class VisionPretraining(Stage):
     def __init__(self, tower: nn.Module, config: StageConfig) -> None:
         super().__init__(config)
         self.tower = tower
-        self.probe = CellProbe(tower.config.hidden_size, tower.config.num_attention_heads)
+        shape: Any = tower.config
+        self.probe = CellProbe(shape.hidden_size, shape.num_attention_heads)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         used = [p for name, p in self.tower.named_parameters() if "post_layernorm" not in name]

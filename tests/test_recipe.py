@@ -1,0 +1,173 @@
+"""Recipes: every shipped one loads, a resolved one runs again as it is, a wrong one says what is wrong and allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sicog_exp.base import BaseRecipe
+from sicog_exp.recipe import (
+    CurationConfig,
+    DataConfig,
+    MixtureConfig,
+    Recipe,
+    RecipeError,
+    SamplingConfig,
+    StageConfig,
+    TrackingConfig,
+    build_overrides,
+    load,
+    load_as,
+    to_yaml,
+)
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+LIMITED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: mine\nsampling: {cod: 2}\n")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path: Path, tmp_path: Path) -> None:
+    needed = ["data.annotated=rows.jsonl", "data.unlabeled=pictures"] if path.stem == "own" else []
+    config: BaseRecipe | Recipe = load_as(BaseRecipe, path) if path.stem == "base" else load(path, needed)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    assert load_as(type(config), copy) == config
+
+
+# The resolved recipe reads back equal.
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
+NAMES = st.one_of(TEXTS, st.sampled_from(["1e3", "1_0", "0x1f", "no", "null", "2024-01-01", ".inf", "a: b", "${x}"]))
+RATES = st.floats(0, 10, allow_nan=False)
+SHARES = st.floats(0, 1)
+STAGES = st.builds(StageConfig, steps=st.integers(1, 10**6), batch_size=st.just(64), micro_batch_size=st.just(16),
+                   vision_lr=RATES, projector_lr=st.floats(1e-12, 1), language_lr=RATES, warmup_ratio=SHARES)  # fmt: skip
+RECIPES = st.builds(
+    Recipe, name=NAMES.filter(lambda name: name != "???"), seed=st.integers(0, 2**31), replay=SHARES,
+    start=st.sampled_from(["base", "previous"]), self_data=st.booleans(), develop=STAGES, pretrain=STAGES,
+    data=st.builds(DataConfig, annotated=st.none() | NAMES.filter(lambda name: name != "???"), holdout=SHARES),
+    sampling=st.builds(SamplingConfig, cod=st.integers(1, 9), temperature=RATES),
+    mixture=st.builds(MixtureConfig, text=SHARES, annotated=st.floats(0.01, 1)),
+)  # fmt: skip
+
+
+@LIMITED
+@given(recipe=RECIPES)
+def test_a_resolved_recipe_reads_back_equal(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(recipe), encoding="utf-8")
+    assert load(path) == recipe
+
+
+def test_the_resolved_recipe_of_an_interpolation_holds_its_value(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 7\ndata: {seed: '${seed}'}\n")
+    recipe = load(path)
+    assert recipe.data.seed == 7
+    path.write_text(to_yaml(recipe))
+    assert "${" not in path.read_text()
+    assert load(path) == recipe
+
+
+def test_overrides_win_and_keep_their_neighbours(file: Path) -> None:
+    recipe = load(file, ["sampling.cot=5", "curation.encoder=minilm", "develop.vision_lr=1", "data.root=null"])
+    assert (recipe.name, recipe.sampling.cod, recipe.sampling.cot) == ("mine", 2, 5)
+    assert recipe.curation.encoder == "minilm"
+    assert recipe.develop.vision_lr == 1.0
+    assert type(recipe.develop.vision_lr) is float
+
+
+# A wrong one names the key, the value and what is allowed.
+
+WRONG = [
+    ("smapling.cod=3", r"smapling: unknown key; allowed here: .*sampling"),
+    ("sampling.cood=3", r"sampling\.cood: unknown key; allowed here: cod, dd"),
+    ("sampling.cod=two", r"sampling\.cod='two': expected int"),
+    ("sampling.cod=true", r"sampling\.cod=True: expected int"),
+    ("sampling.cod=1.5", r"sampling\.cod=1\.5: expected int"),
+    ("name=3", r"name=3: expected str"),
+    ("self_data=1", r"self_data=1: expected bool"),
+    ("start=middle", r"start='middle': allowed: base, previous"),
+    ("data.source=coco", r"data\.source='coco': allowed: world, easyvqa, own"),
+    ("data=3", r"data=3: expected a mapping of source"),
+    ("seed.x=1", r"seed=\{'x': 1\}: expected int"),
+    ("seed=-1", r"seed=-1: must be 0 or more"),
+    ("data.seed=-1", r"data: seed=-1: must be 0 or more"),
+    ("replay=1.5", r"replay=1\.5: must lie between 0 and 1"),
+    ("replay=.nan", r"replay=nan: expected a finite number"),
+    ("develop.clip_norm=.inf", r"develop\.clip_norm=inf: expected a finite number"),
+    ("develop.steps=-1", r"develop: steps=-1: must be 0 or more"),
+    ("develop.weight_decay=-1", r"develop: weight_decay=-1\.0: must be 0 or more"),
+    ("develop.vision_lr=-1", r"develop: learning rates .*must be 0 \(frozen\) or more"),
+    ("develop.micro_batch_size=48", r"develop: batch_size=64: must be a multiple of micro_batch_size=48"),
+    ("sampling.top_p=0", r"sampling: top_p=0\.0: must be above 0"),
+    ("curation.caption_threshold=2", r"curation\.caption_threshold=2\.0: must lie between -1 and 1"),
+    ("curation.min_words=2000", r"curation: min_words=2000, max_words=1000"),
+    ("data.source=own", r"data\.annotated is missing: data\.source=own needs a path"),
+    ("model.threads=0", r"model: threads=0: must be above 0"),
+    ("data.annotated=???", r"data\.annotated"),
+    ("name='${nothing}'", r"nothing"),
+    ("sampling.cod=[1,", r"recipe\.yaml"),
+    ("sampling", r"'sampling': an override is key=value"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG, ids=[override for override, _ in WRONG])
+def test_a_wrong_value_names_key_value_and_what_is_allowed(file: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(file, [override])
+
+
+def test_impossible_combinations(file: Path) -> None:
+    with pytest.raises(RecipeError, match="all three learning rates are 0"):
+        load(file, ["instruct.vision_lr=0", "instruct.projector_lr=0", "instruct.language_lr=0"])
+    nothing = [f"sampling.{kind}=0" for kind in ("cod", "dd", "cot", "direct")]
+    with pytest.raises(RecipeError, match="sampling asks for no candidate"):
+        load(file, nothing)
+    assert not load(file, [*nothing, "self_data=false"]).self_data
+    with pytest.raises(RecipeError, match="one above 0"):
+        load(file, [f"mixture.{field.name}=0" for field in dataclasses.fields(MixtureConfig)])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1,\n", "a: 1\na: 2\n", "just words", "name: '${'"])
+def test_bad_yaml_is_an_error_that_names_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"bad\.yaml"):
+        load(path)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml: no such recipe; the shipped ones are in experiments/"):
+        load(tmp_path / "nowhere.yaml")
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00name: \xe4")
+    with pytest.raises(RecipeError, match=r"binary\.yaml"):
+        load(tmp_path / "binary.yaml")
+
+
+def test_one_section_from_overrides() -> None:
+    assert build_overrides(CurationConfig, "curation", ["curation.encoder=minilm"]).encoder == "minilm"
+    assert build_overrides(CurationConfig, "curation", []) == CurationConfig()
+    for override, message in [("sampling.cod=1", r"sampling: only curation\.\* keys apply"), ("x", "key=value"),
+                              ("curation.dedup=2", r"curation\.dedup=2: expected bool"),
+                              ("curation.encoder=[1,", "encoder"), ("curation.encoder=???", "encoder")]:  # fmt: skip
+        with pytest.raises(RecipeError, match=message):
+            build_overrides(CurationConfig, "curation", [override])
+
+
+@pytest.mark.parametrize("config", [Recipe, BaseRecipe, TrackingConfig, StageConfig])
+def test_defaults_are_valid(config: type) -> None:
+    config()
