@@ -29,6 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     curate.add_argument("--candidates", type=Path, required=True, help="JSONL file of rows with candidates")
     curate.add_argument("--out", type=Path, required=True, help="folder for the results")
     curate.add_argument("overrides", nargs="*", help="such as curation.encoder=minilm curation.caption_threshold=0.9")
+    _recipe_command(commands, "evidence", "experiments/evidence.yaml", "compare curated, random and annotated-only arms over seeds",
+                    "Runs three arms of a recipe over several seeds in one store and writes their pooled paired differences.")
+    evidence = commands.choices["evidence"]
+    evidence.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
+    evidence.add_argument("--out", type=Path, default=Path("evidence.json"), help="result file (default: evidence.json)")
     ui = commands.add_parser("ui", help="open the MLflow UI on 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
     return parser
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return {"iterate": _iterate, "base": _base, "curate": _curate, "ui": _ui}[args.command](args)
+        return {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "ui": _ui}[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
         return 130
@@ -62,11 +67,11 @@ def _is_for_users(error: Exception) -> bool:
     return type(error).__module__.startswith("sicog_exp.")
 
 
-def _overrides(args: argparse.Namespace) -> tuple[str, list[str]]:
+def _overrides(args: argparse.Namespace, default: str = DEFAULT_RECIPE) -> tuple[str, list[str]]:
     """The recipe's path and all overrides; `sicog iterate a.b=1` means the default recipe."""
     given = [*args.overrides, *shlex.split(args.more)]
     if "=" in args.recipe:
-        return DEFAULT_RECIPE, [args.recipe, *given]
+        return default, [args.recipe, *given]
     return args.recipe, given
 
 
@@ -88,7 +93,7 @@ def _base(args: argparse.Namespace) -> int:
     from sicog_exp.recipe import load_as
     from sicog_exp.store import Store
 
-    recipe = load_as(BaseRecipe, *_overrides(args))
+    recipe = load_as(BaseRecipe, *_overrides(args, "experiments/base.yaml"))
     quiet_libraries()
     model = base_steps(recipe, Store(recipe.store))["instruct"]
     if args.publish:
@@ -104,6 +109,19 @@ def _curate(args: argparse.Namespace) -> int:
     summary = curate_file(args.candidates, args.out, build_overrides(CurationConfig, "curation", args.overrides))
     kept, aside = f"kept {summary['kept']} of {summary['items']} items", f"{summary['rejected_rows']} rows set aside"
     print(f"{kept}; {aside}; see {args.out}")
+    return 0
+
+
+def _evidence(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sicog_exp.recipe import load
+
+    recipe = load(*_overrides(args, "experiments/evidence.yaml"))
+    quiet_libraries()
+    from sicog_exp.studies.evidence import run_evidence
+
+    run_evidence(recipe, [int(seed) for seed in args.seeds.split(",")], args.out, Console(soft_wrap=True))
     return 0
 
 

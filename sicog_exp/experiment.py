@@ -108,6 +108,7 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
         ],
         "deltas": [vars(delta) for delta in deltas],
         "artifacts": sorted({artifact.path.name for _, artifact in runner.done}),
+        "evaluations": [path.name for path in scored],
         "models": [generation.model.path.name for generation in lineage.generations],
     }  # fmt: skip
     (workplace.directory / SUMMARY).write_text(json.dumps(summary, indent=1, default=float))

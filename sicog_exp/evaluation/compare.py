@@ -12,16 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from numpy.typing import NDArray
+
 from sicog_exp.evaluation.benchmarks import Sample, read_samples
 from sicog_exp.evaluation.statistics import (
     RESAMPLES,
     Interval,
     Paired,
+    Pooled,
     StatisticsError,
     holm,
     interval,
     join,
     paired,
+    paired_pooled,
 )
 
 
@@ -94,6 +98,20 @@ def deltas(generations: Sequence[Path], resamples: int = RESAMPLES) -> list[Delt
     return _corrected(found)
 
 
+def pooled(before: Sequence[Path], after: Sequence[Path], resamples: int = RESAMPLES) -> dict[str, Pooled]:
+    """Task -> after minus before over seeds; entry i of both are evaluation directories of the same seed.
+
+    Questions are averaged over seeds first, then images resampled, the same ones in every seed. Raises
+    StatisticsError where two cover different tasks or questions.
+    """
+    first, second = [_by_task(path) for path in before], [_by_task(path) for path in after]
+    tasks = first[0].keys()
+    if any(results.keys() != tasks for results in (*first, *second)):
+        raise StatisticsError("the seeds were scored on different tasks; evaluate all on one suite")
+    return {task: paired_pooled([_aligned(a[task], b[task]) for a, b in zip(first, second, strict=True)], resamples)
+            for task in tasks}  # fmt: skip
+
+
 def champion(generations: Sequence[Path], resamples: int = RESAMPLES) -> int:
     """The index of the generation to promote: never one that regresses beyond the noise.
 
@@ -147,9 +165,14 @@ def _delta(before: str, after: str, first: list[Sample], second: list[Sample], r
 
 
 def _paired(first: Sequence[Sample], second: Sequence[Sample], resamples: int) -> Paired:
+    return paired(*_aligned(first, second), resamples)
+
+
+def _aligned(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[NDArray, NDArray, list[str]]:
+    """(scores in the first, scores in the second, images) of the same questions, in the order of their ids."""
     keyed, other = _keyed(first), _keyed(second)
     ids, a, b = join({k: s.correct for k, s in keyed.items()}, {k: s.correct for k, s in other.items()})
-    return paired(a, b, [keyed[key].image for key in ids], resamples)
+    return a, b, [keyed[key].image for key in ids]
 
 
 def _keyed(samples: Sequence[Sample]) -> dict[str, Sample]:

@@ -1,0 +1,1 @@
+"""Many loops: several arms and seeds of one recipe, compared."""
