@@ -156,8 +156,6 @@ def evaluate(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) ->
 
 
 def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    import time
-
     import torch
 
     from sicog_exp.evaluation import benchmarks
@@ -168,10 +166,9 @@ def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workpla
     engine = TransformersEngine.from_path(inputs["model"].path, model.generation_dtype, model.torch_device,
                                           model.trust_remote_code)  # fmt: skip
     suite = benchmarks.load_suite(task.evaluation.suite)
-    started = time.time()
     scores = benchmarks.evaluate(engine, suite, inputs["data"].path, task.evaluation, workplace.directory,
                                  task.evaluation.split)  # fmt: skip
-    workplace.add(samples=sum(score.n for score in scores.tasks.values()), model_seconds=time.time() - started)
+    workplace.add(samples=sum(score.n for score in scores.tasks.values()), model_seconds=engine.busy_seconds)
 
 
 # What goes in.

@@ -87,16 +87,18 @@ def _naming(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("naming", text, ends[0].name, f"find furthest {word}", f"{ends[0].place} {ends[0].name}")
 
 
+SIDES = {"left": ("column", 0), "right": ("column", 2), "top": ("row", 0), "bottom": ("row", 2)}
+
+
 def _existence(scene: Scene, rng: np.random.Generator) -> Question:
     category = _pick(rng, scene.things).category
     members = _of_category(scene, category)
-    shown = sorted({thing.color for thing in members})
-    absent = [color for color in COLORS if color not in shown]
-    answer = _pick(rng, ("yes", "no")) if absent else "yes"
-    color = _pick(rng, shown if answer == "yes" else absent)
-    # A name is found by its category and a color by its name, so reasoning says the name first.
-    listed = " ".join(f"{thing.name} {thing.color}" for thing in members)
-    return Question("existence", f"Is there a {color} {category}?", answer, f"find {color} {category}", listed)
+    on = {side: any(getattr(thing, axis) == line for thing in members) for side, (axis, line) in SIDES.items()}
+    answer = _pick(rng, ("yes", "no"))
+    side = _pick(rng, [side for side, there in on.items() if there == (answer == "yes")] or list(SIDES))
+    listed = " ".join(f"{thing.name} {thing.place}" for thing in members)
+    text = f"Is there any {category} on the {side}?"
+    return Question("existence", text, "yes" if on[side] else "no", f"find {category} {side}", listed)
 
 
 def _attribute(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -105,8 +107,8 @@ def _attribute(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     category = _pick(rng, single)
     thing = _of_category(scene, category)[0]
-    text = f"What color is the {category}?"
-    return Question("attribute", text, thing.color, f"find {category} color", f"{thing.name} {thing.color}")
+    return Question("attribute", f"At which place is the {category}?", thing.place, f"find {category} place",
+                    f"{thing.name} {thing.place}")  # fmt: skip
 
 
 def _counting(scene: Scene, rng: np.random.Generator) -> Question:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,10 @@ class _Inputs:
 
 
 class TransformersEngine:
-    """Samples from an image-text-to-text model of transformers. `prefilled_tokens` counts prompt tokens computed."""
+    """Samples from an image-text-to-text model of transformers.
+
+    `prefilled_tokens` counts prompt tokens computed, `busy_seconds` the time spent sampling.
+    """
 
     def __init__(self, model: PreTrainedModel, processor: Any, device: str | torch.device = "cpu",
                  max_pixels: int = MAX_PIXELS) -> None:  # fmt: skip
@@ -47,6 +51,7 @@ class TransformersEngine:
         self.tokenizer = self.encoder.tokenizer
         self.stops = torch.tensor(sorted(_stop_ids(model, self.tokenizer)), device=self.device)
         self.prefilled_tokens = 0
+        self.busy_seconds = 0.0
         self._max_pixels = max_pixels
         self._lengths: dict[tuple[Message, ...], int] = {}
         names = list(getattr(processor.image_processor, "model_input_names", []))
@@ -67,7 +72,13 @@ class TransformersEngine:
         """One list of candidates per batch of `plan`; see the protocol."""
         check_requests(requests)
         check_decoding(decoding)
-        return (self._sample_batch(batch, decoding) for batch in self.plan(requests, decoding))
+        return (self._timed(batch, decoding) for batch in self.plan(requests, decoding))
+
+    def _timed(self, batch: Sequence[Request], decoding: Decoding) -> list[Candidate]:
+        started = time.perf_counter()
+        candidates = self._sample_batch(batch, decoding)
+        self.busy_seconds += time.perf_counter() - started
+        return candidates
 
     @torch.inference_mode()
     def log_likelihood(

@@ -62,6 +62,12 @@ class Checkpoints(Callback):
     def newest(folder: Path) -> Path | None:
         return max(folder.glob("step-*.ckpt"), default=None)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._workplace.add(model_seconds=time.perf_counter() - self._started)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:  # fmt: skip
         self._workplace.add(**cast(Stage, pl_module).work(batch))
@@ -113,11 +119,10 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         callbacks=[Checkpoints(workplace, module.config.checkpoint_every)],
     )  # fmt: skip
-    started = time.time()
     module.train()
     # Our own checkpoint, written moments ago by this user: Lightning's optimizer state needs the full loader.
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
     module.eval()
     if trainer.global_step == 0 or trainer.global_step != module.config.steps:
         raise RuntimeError(f"trained {trainer.global_step} of {module.config.steps} steps")
-    workplace.add(steps=trainer.global_step, model_seconds=time.time() - started)
+    workplace.add(steps=trainer.global_step)

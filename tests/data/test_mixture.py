@@ -1,0 +1,165 @@
+"""The training stream: exact shares, every row once an epoch, and any slot found without those before it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sicog_exp.data.chat import IGNORED, ChatEncoder, Example
+from sicog_exp.data.mixture import PATTERN, Mixture, MixtureError, RecordSource, Row, collate
+from sicog_exp.models.loading import ModelSource, load_model
+from sicog_exp.prompts import prompt
+from sicog_exp.records import Message, Record, conversation, user
+
+
+class Numbers:
+    """Rows that hold their own index."""
+
+    def __init__(self, name: str, rows: int | None) -> None:
+        self.name, self.rows = name, rows
+
+    def row(self, index: int) -> Row:
+        assert self.rows is None or 0 <= index < self.rows
+        return Row(Example([index], [index]), None, self.name)
+
+
+def seen(rows: list[Row]) -> list[tuple[str, int]]:
+    return [(row.source, row.example.input_ids[0]) for row in rows]
+
+
+SHARES = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shares=SHARES, seed=st.integers(0, 2**31), turn=st.integers(0, 1000))
+def test_shares_are_exact_over_a_pattern(shares: list[float], seed: int, turn: int) -> None:
+    mixture = Mixture([(Numbers(str(i), None), share) for i, share in enumerate(shares)], seed)
+    counts = Counter(number for number, _ in map(mixture.locate, range(turn * PATTERN, (turn + 1) * PATTERN)))
+    assert counts.total() == PATTERN
+    for i, share in enumerate(shares):
+        assert abs(counts[i] - PATTERN * share / sum(shares)) < 1
+
+
+def test_the_paper_mixture_is_exact() -> None:
+    shares = {"self_caption": 0.25, "self_reasoning": 0.5, "text": 0.05, "annotated": 0.2}
+    mixture = Mixture([(Numbers(name, 7), share) for name, share in shares.items()], 3)
+    assert Counter(row.source for row in mixture.rows(0, PATTERN)) == {n: PATTERN * s for n, s in shares.items()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4), seed=st.integers(0, 999), epochs=st.integers(1, 3))
+def test_every_row_of_a_source_comes_once_an_epoch(sizes: list[int], seed: int, epochs: int) -> None:
+    mixture = Mixture([(Numbers(str(i), size), 1.0) for i, size in enumerate(sizes)], seed)
+    walked: dict[int, list[int]] = {i: [] for i in range(len(sizes))}
+    for number, index in map(mixture.locate, range((epochs + 1) * len(sizes) * max(sizes) + 2 * PATTERN)):
+        walked[number].append(index)
+    for i, size in enumerate(sizes):
+        for epoch in range(epochs):
+            assert sorted(walked[i][epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_epochs_have_orders_of_their_own() -> None:
+    mixture = Mixture([(Numbers("a", 50), 1.0)], 0)
+    orders = [tuple(i for _, i in map(mixture.locate, range(e * 50, (e + 1) * 50))) for e in range(4)]
+    assert len(set(orders)) == 4
+    assert tuple(i for _, i in map(Mixture([(Numbers("a", 50), 1.0)], 1).locate, range(50))) != orders[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(slots=st.lists(st.integers(0, 10**6), min_size=1, max_size=20), seed=st.integers(0, 99))
+def test_a_slot_is_a_pure_function_of_seed_and_position(slots: list[int], seed: int) -> None:
+    def make() -> Mixture:
+        return Mixture([(Numbers("a", 13), 0.7), (Numbers("b", None), 0.3)], seed)
+
+    one, two = make(), make()
+    assert [one.locate(slot) for slot in slots] == [two.locate(slot) for slot in reversed(slots)][::-1]
+
+
+@pytest.mark.parametrize("first", [0, 1, 7, 150])
+def test_a_resumed_stream_goes_on_where_it_was(first: int) -> None:
+    mixture = Mixture([(Numbers("a", 13), 0.7), (Numbers("b", 5), 0.3)], 1)
+    through = [seen(rows) for rows in islice(mixture.steps(0, 16), first + 3)]
+    fresh = Mixture([(Numbers("a", 13), 0.7), (Numbers("b", 5), 0.3)], 1)
+    assert [seen(rows) for rows in islice(fresh.steps(first, 16), 3)] == through[first:]
+
+
+def test_an_endless_source_never_repeats() -> None:
+    mixture = Mixture([(Numbers("a", None), 0.6), (Numbers("b", None), 0.4)], 2)
+    rows = seen(mixture.rows(0, 2500))
+    assert len(set(rows)) == 2500
+    assert [index for name, index in rows if name == "a"] == list(range(1500))
+
+
+def test_empty_sources_are_left_out() -> None:
+    mixture = Mixture([(Numbers("a", 0), 0.9), (Numbers("b", 4), 0.1), (Numbers("c", 4), 0.0)], 0)
+    assert {row.source for row in mixture.rows(0, 100)} == {"b"}
+
+
+@pytest.mark.parametrize("sources", [[], [(Numbers("a", 0), 1.0)], [(Numbers("a", 5), 0.0), (Numbers("b", 0), 1.0)]])
+def test_no_rows_at_all_is_an_error(sources: list[tuple[Numbers, float]]) -> None:
+    names = ", ".join(source.name for source, _ in sources) or "none"
+    with pytest.raises(MixtureError, match=rf"no training rows: .*sources: {names}"):
+        Mixture(sources, 0)
+
+
+# Batches.
+
+
+def row(ids: list[int], images: int = 0) -> Row:
+    labels = [IGNORED, *ids[1:]]
+    return Row(Example(ids, labels), {"pixel_values": torch.full((images, 3, 2, 2), ids[0])} if images else None, "s")
+
+
+def test_collate_pads_on_the_right_and_keeps_images_in_order() -> None:
+    batch = collate([row([5, 6, 7], 1), row([8, 9]), row([3], 2)], pad_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0], [3, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED], [IGNORED] * 3]
+    assert batch["pixel_values"].shape == (3, 3, 2, 2)
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [5, 3, 3]
+    assert "pixel_values" not in collate([row([5])], 0)
+
+
+def test_a_pad_token_in_the_text_is_not_padding() -> None:
+    batch = collate([row([0, 0, 4]), row([1])], pad_id=0)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+# Records.
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model: Path) -> ChatEncoder:
+    return ChatEncoder(load_model(ModelSource(str(tiny_model)))[1])
+
+
+def test_records_become_rows(chat: ChatEncoder, world_images: list[Path]) -> None:
+    root = world_images[0].parent
+    records = [
+        Record("one", conversation(prompt("direct", "Is there a dog?"), "yes", ("0.png",)), ("0.png",), "direct", "x"),
+        Record("text", conversation("What category is a dog?", "animal", ()), (), "text", "x"),
+        Record("two", (user("Same?", 2), Message("assistant", "no")), ("1.png", "2.png"), "direct", "x"),
+    ]
+    source = RecordSource("annotated", records, root, chat, 512, 50_000_000)
+    assert source.rows == 3
+    rows = [source.row(i) for i in range(3)]
+    assert [row.source for row in rows] == ["annotated"] * 3
+    batch = collate(rows, chat.tokenizer.pad_token_id)
+    assert batch["pixel_values"].shape[0] == 3
+    image = chat.tokenizer.convert_tokens_to_ids(chat.image_token)
+    assert int((batch["input_ids"] == image).sum()) == 48
+    assert rows[1].image_inputs is None
+
+
+def test_a_row_that_is_too_long_is_set_aside_and_named(chat: ChatEncoder, world_images: list[Path]) -> None:
+    root = world_images[0].parent
+    records = [Record(f"r{i}", conversation("dog " * i, "yes", ("0.png",)), ("0.png",), "direct", "x") for i in (1, 90)]
+    source = RecordSource("annotated", records, root, chat, 60, 50_000_000)
+    assert source.rows == 1
+    assert source.too_long == ["r90"]
