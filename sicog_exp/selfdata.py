@@ -153,9 +153,11 @@ class SelfDataModule(MixtureData):
         if self.curated is not None:
             return
         data = self.inputs["data"]
+        # A folder of images without questions has captions to sample and no answers.
+        present = {group_of(record) for record in read_records(data / "unlabeled.parquet")}
         for group, generator in self._generators.items():
             task = replace(self._pool_task, group=group)
-            if any(getattr(task.sampling, kind) for kind in GROUPS[group]):
+            if group in present and any(getattr(task.sampling, kind) for kind in GROUPS[group]):
                 step = Step(f"generate-{group}", generate, task, {"generator": generator, "data": data}, task.seed,
                             POOL_REVISION)  # fmt: skip
                 self.pools.append(self._run(step))

@@ -68,9 +68,9 @@ class Stage(LightningModule):
         if not torch.isfinite(norm):
             raise FloatingPointError(f"step {self.global_step}: loss {float(loss)}, gradient norm {float(norm)}; lower "
                                      "the learning rate; the last checkpoint is untouched")  # fmt: skip
+        self.log_dict({"loss": loss, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]})
         optimizer.step()
         scheduler.step()
-        self.log_dict({"loss": loss, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]})
 
     def terms(self, micro_batch: Mapping[str, Any]) -> int:
         """Response tokens of a micro-batch: positions with a label, the first one never being predicted."""

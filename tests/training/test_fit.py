@@ -1,0 +1,163 @@
+"""A killed stage continues, to the same bits and the same account of its work; an untrained one is no success."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_modules import CPU, data, load, stage
+
+from sicog_exp.prompts import prompt
+from sicog_exp.records import Record, conversation, write_records
+from sicog_exp.store import Artifact, Step, Store, Workplace, checksums
+from sicog_exp.training.fit import Checkpoints, fit
+from sicog_exp.training.modules import SupervisedFineTuning
+
+STEPS = 12
+RUN = """
+import sys, time
+from pathlib import Path
+import torch
+from sicog_exp.recipe import ModelConfig, StageConfig
+from sicog_exp.store import Artifact, Step, Store
+from sicog_exp.training.stages import TrainingTask, fine_tune
+
+model, data, root, wait = sys.argv[1:]
+stage = StageConfig(steps={steps}, batch_size=4, micro_batch_size=2, max_length=512, checkpoint_every=2)
+task = TrainingTask(stage, ModelConfig(device="cpu", threads=1), dict(annotated=0.7, text=0.3), 3)
+inputs = {{name: Artifact(Path(path), dict(fingerprint=name), True) for name, path in (("model", model), ("data", data))}}
+
+def progress(done, total):
+    print(done, flush=True)
+    time.sleep(float(wait))
+
+Store(root).run(Step("develop", fine_tune, task, inputs, 3), progress)
+""".format(steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, world_images: list[Path]) -> Path:
+    """A data set directory with annotated and text rows."""
+    home = tmp_path_factory.mktemp("data")
+    annotated = []
+    for i, path in enumerate(world_images[:6]):
+        (home / path.name).write_bytes(path.read_bytes())
+        messages = conversation(prompt("dd"), "a red dog, " * (i + 1), (path.name,))
+        annotated.append(Record(f"a{i}", messages, (path.name,), "dd", "annotated"))
+    texts = [Record(f"t{i}", conversation("What is it?", "animal " * i, ()), (), "text", "text") for i in range(1, 5)]
+    write_records(home / "annotated.parquet", annotated)
+    write_records(home / "instruction.parquet", texts)
+    return home
+
+
+def run(model: Path, data: Path, root: Path, kill_at: int = 0) -> None:
+    """Train in a process of its own; with `kill_at`, SIGKILL when that step has been reported."""
+    wait = "0.2" if kill_at else "0"
+    command = [sys.executable, "-c", RUN, str(model), str(data), str(root), wait]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    if kill_at:
+        for line in process.stdout:
+            if line.strip() == str(kill_at):
+                process.send_signal(signal.SIGKILL)
+                break
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == (-signal.SIGKILL if kill_at else 0), errors
+
+
+def made(root: Path) -> tuple[dict[str, str], dict[str, float]]:
+    """Checksums of the trained model and the facts that do not depend on the clock."""
+    (path,) = root.glob("develop-*[0-9a-f]")
+    facts = json.loads((path / "manifest.json").read_text())["facts"]
+    counted = {name: facts[name] for name in ("samples", "tokens", "image_tokens", "steps", "flops")}
+    return checksums(path), counted
+
+
+def test_a_killed_stage_ends_with_the_bits_and_facts_of_an_undisturbed_one(
+    tiny_model: Path, folder: Path, tmp_path: Path
+) -> None:
+    run(tiny_model, folder, tmp_path / "whole")
+    run(tiny_model, folder, tmp_path / "killed", kill_at=5)
+    assert [path.name for path in (tmp_path / "killed").glob("*.partial/scratch/*")] == ["step-00000004.ckpt"]
+    run(tiny_model, folder, tmp_path / "killed", kill_at=9)
+    run(tiny_model, folder, tmp_path / "killed")
+    weights, facts = made(tmp_path / "killed")
+    assert (weights, facts) == made(tmp_path / "whole")
+    assert facts["samples"] == STEPS * 4
+    assert facts["steps"] == STEPS
+    assert not [name for name in weights if name.endswith((".ckpt", ".bin", ".pt", ".pth", ".pkl"))]
+
+
+def fit_here(folder: Path, images: list[Path], workplace: Workplace, **changes: Any) -> Any:
+    config = stage(batch_size=2, micro_batch_size=2, **changes)
+    model, encoder = load(folder)
+    module = SupervisedFineTuning(model, config)
+    fit(module, data(encoder, images, config), CPU, workplace, 0)
+    return module
+
+
+def test_no_step_at_all_is_no_success(tiny_model: Path, world_images: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="trained 0 of 0 steps"):
+        fit_here(tiny_model, world_images, Workplace(tmp_path, tmp_path), steps=0)
+
+
+def test_fewer_steps_than_asked_for_is_no_success(tiny_model: Path, world_images: list[Path], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    class Ends:
+        def __init__(self, batches: Any) -> None:
+            self.batches = batches
+
+        def __iter__(self) -> Any:
+            return (batch for _, batch in zip(range(3), self.batches, strict=False))
+
+    model, encoder = load(tiny_model)
+    config = stage(steps=5, batch_size=2, micro_batch_size=2)
+    short = data(encoder, world_images, config)
+    short.train_dataloader = lambda: Ends(short.batches)  # type: ignore[method-assign, assignment, return-value]
+    import lightning.pytorch
+
+    plain = lightning.pytorch.Trainer
+    monkeypatch.setattr("sicog_exp.training.fit.Trainer", lambda **options: plain(**{**options, "max_epochs": 1}))
+    with pytest.raises(RuntimeError, match="trained 3 of 5 steps"):
+        fit(SupervisedFineTuning(model, config), short, CPU, Workplace(tmp_path, tmp_path), 0)
+
+
+def test_only_the_newest_checkpoint_stays(tiny_model: Path, world_images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    workplace = Workplace(tmp_path, tmp_path / "scratch")
+    shown: list[tuple[int, int]] = []
+    workplace.progress = lambda done, total: shown.append((done, total))
+    fit_here(tiny_model, world_images, workplace, steps=5, checkpoint_every=2)
+    assert [path.name for path in workplace.scratch.iterdir()] == ["step-00000004.ckpt"]
+    assert Checkpoints.newest(workplace.scratch) == workplace.scratch / "step-00000004.ckpt"
+    assert Checkpoints.newest(tmp_path) is None
+    assert shown == [(i, 5) for i in range(1, 6)]
+    assert workplace.facts["samples"] == 10
+    assert workplace.facts["model_seconds"] > 0
+
+
+def test_a_torn_checkpoint_is_never_taken_for_one(tiny_model: Path, world_images: list[Path], tmp_path: Path) -> None:
+    """A kill while a checkpoint is written leaves a file under another name."""
+    (tmp_path / "writing.tmp").write_bytes(b"torn")
+    module = fit_here(tiny_model, world_images, Workplace(tmp_path, tmp_path), steps=2)
+    assert module.global_step == 2
+
+
+def test_a_stage_through_the_store_is_trained_once(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    from sicog_exp.training.stages import TrainingTask, fine_tune
+
+    config = stage(steps=2, batch_size=2, micro_batch_size=2)
+    task = TrainingTask(config, CPU, {"annotated": 1.0}, 0)
+    inputs = {name: Artifact(path, {"fingerprint": name}, True)
+              for name, path in (("model", tiny_model), ("data", folder))}  # fmt: skip
+    step = Step("instruct", fine_tune, task, inputs)
+    store = Store(tmp_path)
+    first, second = store.run(step), store.run(step)
+    assert (first.cached, second.cached) == (False, True)
+    assert first.facts["flops"] > 0
+    assert first.facts["image_tokens"] == 4 * 16
