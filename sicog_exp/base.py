@@ -170,7 +170,7 @@ def pretrain_vision(task: StageTask, inputs: Mapping[str, Artifact], workplace: 
     def pixels(images):
         return processor.image_processor(images=images, return_tensors="pt")
 
-    fit(module, StageData(SceneCells(seed, task.stage.batch_size, pixels)), task.model, workplace, seed)
+    fit(module, StageData(SceneCells(seed, task.stage.batch_size, pixels), workers=1), task.model, workplace, seed)
     save_model(model, processor, workplace.directory)
 
 
@@ -191,7 +191,7 @@ def train_language(task: StageTask, inputs: Mapping[str, Artifact], workplace: W
     mixture = Mixture([(scenes, 1 - task.text_share), (text, task.text_share)], seed)
     batches = StepBatches(mixture, task.stage.batch_size, task.stage.micro_batch_size, processor.tokenizer.pad_token_id)
     module = SupervisedFineTuning(model, task.stage)
-    fit(module, StageData(batches), task.model, workplace, seed)
+    fit(module, StageData(batches, workers=1), task.model, workplace, seed)
     save_model(model, processor, workplace.directory)
 
 

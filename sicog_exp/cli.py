@@ -29,11 +29,13 @@ def build_parser() -> argparse.ArgumentParser:
     curate.add_argument("--candidates", type=Path, required=True, help="JSONL file of rows with candidates")
     curate.add_argument("--out", type=Path, required=True, help="folder for the results")
     curate.add_argument("overrides", nargs="*", help="such as curation.encoder=minilm curation.caption_threshold=0.9")
-    _recipe_command(commands, "evidence", "experiments/evidence.yaml", "compare curated, random and annotated-only arms over seeds",
-                    "Runs three arms of a recipe over several seeds in one store and writes their pooled paired differences.")
+    _recipe_command(commands, "evidence", "experiments/evidence.yaml",
+                    "compare curated, random and annotated-only arms over seeds",
+                    "Runs three arms of a recipe over several seeds in one store and writes their pooled paired "
+                    "differences.")  # fmt: skip
     evidence = commands.choices["evidence"]
     evidence.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
-    evidence.add_argument("--out", type=Path, default=Path("evidence.json"), help="result file (default: evidence.json)")
+    evidence.add_argument("--out", type=Path, default=Path("evidence.json"), help="result file (default: %(default)s)")
     ui = commands.add_parser("ui", help="open the MLflow UI on 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
     return parser
@@ -51,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "ui": _ui}[args.command](args)
+        commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "ui": _ui}
+        return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
         return 130

@@ -103,13 +103,13 @@ class Candidate:
 
     def __post_init__(self) -> None:
         if not self.sample_id or self.kind not in KINDS or self.index < 0:
-            raise RecordError(f"candidate {self.key}: needs a sample id, a kind of {', '.join(KINDS)}, an index from 0")
+            raise RecordError(f"candidate {self.key}: needs a sample id, a kind of {', '.join(KINDS)}, an index")
         if not isinstance(self.text, str) or self.finish_reason not in ("stop", "length"):
             raise RecordError(f"candidate {self.key}: text {self.text!r:.80}, finish reason {self.finish_reason!r}; "
                               "an engine must give a string and stop or length")  # fmt: skip
         if not math.isfinite(self.logprob) or self.tokens < 0:
-            raise RecordError(f"candidate {self.key}: logprob {self.logprob}, {self.tokens} tokens; a finite number and "
-                              "0 or more are needed")  # fmt: skip
+            raise RecordError(f"candidate {self.key}: logprob {self.logprob}, {self.tokens} tokens; needs a finite "
+                              "number and 0 or more")  # fmt: skip
 
     @property
     def key(self) -> tuple[str, str, int]:

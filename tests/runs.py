@@ -13,8 +13,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def arguments(model: Path, store: Path, *overrides: str) -> list[str]:
     """`sicog iterate` of the tiny recipe."""
-    return [sys.executable, "-m", "sicog_exp.cli", "iterate", "tests/tiny.yaml", f"model.base={model}", f"store={store}",
-            *overrides]  # fmt: skip
+    given = [f"model.base={model}", f"store={store}", *overrides]
+    return [sys.executable, "-m", "sicog_exp.cli", "iterate", "tests/tiny.yaml", *given]
 
 
 def environment(folder: Path) -> dict[str, str]:

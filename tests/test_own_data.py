@@ -13,9 +13,9 @@ from runs import finish, start
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "camera", "page", "text", "coins", "moon", "cell")
 SMALL = ("develop.steps=2", "pretrain.steps=2", "instruct.steps=2", "model.threads=1", "model.device=cpu",
-         "sampling.max_new_tokens=12", "sampling.batch_size=4", "evaluation.max_new_tokens=8", "evaluation.bootstrap=50",
-         "curation.require_format=false", "curation.caption_threshold=0", "curation.reasoning_threshold=0",
-         "data.max_bad_share=0.5")  # fmt: skip
+         "sampling.max_new_tokens=12", "sampling.batch_size=4", "evaluation.max_new_tokens=8",
+         "evaluation.bootstrap=50", "curation.require_format=false", "curation.caption_threshold=0",
+         "curation.reasoning_threshold=0", "data.max_bad_share=0.5")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(files: Path, annotated: str, model: Path, store: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "sicog_exp.cli", "iterate", "experiments/own.yaml", f"data.annotated={files / annotated}",
-            f"data.unlabeled={files / 'unlabeled'}", f"model.base={model}", f"store={store}", *SMALL, *more]  # fmt: skip
+    given = [f"data.annotated={files / annotated}", f"data.unlabeled={files / 'unlabeled'}", f"model.base={model}",
+             f"store={store}"]  # fmt: skip
+    return [sys.executable, "-m", "sicog_exp.cli", "iterate", "experiments/own.yaml", *given, *SMALL, *more]
 
 
 @pytest.mark.parametrize("annotated", ["llava.json", "chat.jsonl"])
-def test_own_photographs_run_and_bad_rows_are_listed(annotated: str, files: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_own_photographs_run_and_bad_rows_are_listed(
+    annotated: str, files: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     printed = finish(command(files, annotated, tiny_model, tmp_path / "store"), tmp_path)
     assert "report.html" in printed
     listing = next((tmp_path / "store").glob("data-*/rejected.jsonl"))

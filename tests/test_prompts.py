@@ -43,15 +43,15 @@ def test_punctuation_at_the_start_of_a_part_is_kept(parts: tuple[str, ...]) -> N
 
 
 def test_the_headers_are_those_of_the_authors_data() -> None:
-    assert [header.split()[:4] for header in COD_STEPS] == [
-        "Step 1: Extract salient".split(), "Step 2: Analyze detailed".split(),
-        "Step 3: Consider relational-level".split(), "Step 4: Examine marginal".split(),
-        "Step 5: Organize all".split()]  # fmt: skip
+    begins = ("Step 1: Extract salient", "Step 2: Analyze detailed", "Step 3: Consider relational-level",
+              "Step 4: Examine marginal", "Step 5: Organize all")  # fmt: skip
+    assert all(header.startswith(begin) for header, begin in zip(COD_STEPS, begins, strict=True))
     assert COT_STEPS[-1] == "Step 4: Conclude the task with an answer"
 
 
 def authors_style(endings: tuple[str, ...]) -> str:
-    return "\n\n".join(f"{header}{ending}\n{part}" for header, ending, part in zip(COD_STEPS, endings, COD, strict=True))
+    lines = zip(COD_STEPS, endings, COD, strict=True)
+    return "\n\n".join(f"{header}{ending}\n{part}" for header, ending, part in lines)
 
 
 @pytest.mark.parametrize("ending", [" by naming what matters most", ":", ".", " (details)", "", "**", ":**", "  "])

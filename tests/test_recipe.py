@@ -51,8 +51,10 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 NAMES = st.one_of(TEXTS, st.sampled_from(["1e3", "1_0", "0x1f", "no", "null", "2024-01-01", ".inf", "a: b", "${x}"]))
 RATES = st.floats(0, 10, allow_nan=False)
 SHARES = st.floats(0, 1)
-STAGES = st.builds(StageConfig, steps=st.integers(1, 10**6), batch_size=st.just(64), micro_batch_size=st.just(16),
-                   vision_lr=RATES, projector_lr=st.floats(1e-12, 1), language_lr=RATES, warmup_ratio=SHARES)  # fmt: skip
+STAGES = st.builds(
+    StageConfig, steps=st.integers(1, 10**6), batch_size=st.just(64), micro_batch_size=st.just(16), vision_lr=RATES,
+    projector_lr=st.floats(1e-12, 1), language_lr=RATES, warmup_ratio=SHARES,
+)  # fmt: skip
 RECIPES = st.builds(
     Recipe, name=NAMES.filter(lambda name: name != "???"), seed=st.integers(0, 2**31), replay=SHARES,
     start=st.sampled_from(["base", "previous"]), self_data=st.booleans(), develop=STAGES, pretrain=STAGES,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sicog_exp.curation.similarity import gram_f1, grams_of
 from sicog_exp.prompts import CAPTION_KINDS, REASONING_KINDS, STEPS, Kind, normalize_answer, steps_of
 from sicog_exp.recipe import CurationConfig
+from sicog_exp.records import IMAGE_PLACEHOLDER
 
 TRUNCATED = "truncated"
 BROKEN_FORMAT = "broken_format"
@@ -51,7 +52,8 @@ def infer_kind(text: str, group: str) -> Kind:
 def parse(kind: Kind, text: str, finish_reason: str | None, config: CurationConfig) -> Parsed:
     """One candidate's compared text and evidence, with the first reason to set it aside.
 
-    Without `require_format` a response with broken steps, or cut at the token limit, is compared as a whole.
+    Without `require_format` a response with broken steps, or cut at the token limit, is compared as a whole. One that
+    spells an image placeholder could never become a training row.
     """
     steps = steps_of(kind, text) if kind in STEPS else None
     final = (steps[-1] if steps else "") or ("" if kind in STEPS and config.require_format else text.strip())
@@ -61,6 +63,8 @@ def parse(kind: Kind, text: str, finish_reason: str | None, config: CurationConf
     is_caption = kind in CAPTION_KINDS
     compared = " ".join(final.split()) if is_caption else normalize_answer(final)
     evidence = text if is_caption else (steps[1] if steps else "")
+    if IMAGE_PLACEHOLDER in text:
+        reason = BROKEN_FORMAT
     return Parsed(final, compared, evidence, reason or (None if compared else EMPTY))
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -102,9 +104,22 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> tuple[Image, str]:
         reason = f"has {image.width} x {image.height} pixels, more than {max_pixels}"
         raise ImageError(name, reason, "scale it down or raise data.max_pixels")
     try:
-        return _upright_rgb(image), str(image.format)
+        with _whole_files_only():
+            return _upright_rgb(image), str(image.format)
     except Exception as error:
         raise _damaged(name, error) from None
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """lmms-eval tells Pillow, for the whole process, to fill what a truncated file lacks with grey."""
+    from PIL import ImageFile
+
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _damaged(name: str, error: Exception) -> ImageError:

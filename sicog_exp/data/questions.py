@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from sicog_exp.data.scenes import CATEGORIES, CATEGORY_OF, COLORS, NAMES, PLACES, Scene, Thing
+from sicog_exp.data.scenes import CATEGORIES, CATEGORY_OF, NAMES, PLACES, Scene, Thing
 from sicog_exp.prompts import structured
 
 FAMILIES = ("naming", "existence", "attribute", "counting", "comparison", "relation", "category")

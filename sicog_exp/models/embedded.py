@@ -48,6 +48,7 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
 def build_model(tokenizer: PreTrainedTokenizerFast, *, width: int, vision_layers: int, language_layers: int, heads: int,
                 patch_size: int, max_length: int) -> LlavaForConditionalGeneration:  # fmt: skip
     """CLIP-ViT, MLP projector and Qwen2 decoder with random weights; one image gives (IMAGE_SIZE / patch)^2 tokens."""
+    import torch
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
     vision = CLIPVisionConfig(
@@ -67,6 +68,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, width: int, vision_layers
         vision_feature_select_strategy="default", pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
+    # At the usual 0.02, words of one class whose order nothing predicts (colors) drift together under tied weights and
+    # stay a saddle: measured cosine 0.98 and chance accuracy after 1,300 steps. Start them one unit apart.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=width**-0.5)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sicog_exp.data.images import ImageError, ImageFolder, check_image, open_image, pixel_hash
 
@@ -104,13 +104,17 @@ def test_non_images(tmp_path: Path, content: bytes) -> None:
         open_image(tmp_path, "x.png", LIMIT)
 
 
+@pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP"])
-def test_truncated_images(tmp_path: Path, format: str) -> None:
+def test_truncated_images(tmp_path: Path, format: str, lenient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a library (lmms-eval does) has told Pillow to fill up what is lacking."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     stream = io.BytesIO()
     picture((64, 64)).save(stream, format)
     (tmp_path / "x").write_bytes(stream.getvalue()[: len(stream.getvalue()) * 2 // 3])
     with pytest.raises(ImageError, match="replace the file"):
         check_image(tmp_path, "x", LIMIT)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
 
 
 def _png_header(width: int, height: int) -> bytes:

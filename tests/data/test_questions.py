@@ -28,8 +28,8 @@ COLOR = "|".join(COLORS)
 NAME = "|".join(NAMES)
 WORDINGS = {
     "naming": r"Which thing is furthest (left|right|up|down)\?",
-    "existence": rf"Is there a ({COLOR}) ({CATEGORY})\?",
-    "attribute": rf"What color is the ({CATEGORY})\?",
+    "existence": rf"Is there any ({CATEGORY}) on the (left|right|top|bottom)\?",
+    "attribute": rf"At which place is the ({CATEGORY})\?",
     "counting": rf"How many ({CATEGORY})s are there\?",
     "comparison": rf"Are there more ({CATEGORY})s or ({CATEGORY})s\?",
     "relation": rf"Where is the ({NAME}) relative to the ({NAME})\?",
@@ -64,12 +64,14 @@ def naming(scene: Scene, word: str) -> set[str]:
     return {thing.name for thing in extremal} if len(extremal) == 1 else {"several", "things"}
 
 
-def existence(scene: Scene, color: str, category: str) -> set[str]:
-    return {"yes" if any((t.color, CATEGORY_OF[t.name]) == (color, category) for t in scene.things) else "no"}
+def existence(scene: Scene, category: str, side: str) -> set[str]:
+    axis, line = {"left": (1, 0), "right": (1, 2), "top": (0, 0), "bottom": (0, 2)}[side]
+    members = [thing for thing in scene.things if CATEGORY_OF[thing.name] == category]
+    return {"yes" if any(position(thing)[axis] == line for thing in members) else "no"}
 
 
 def attribute(scene: Scene, category: str) -> set[str]:
-    return {thing.color for thing in scene.things if CATEGORY_OF[thing.name] == category}
+    return {thing.place for thing in scene.things if CATEGORY_OF[thing.name] == category}
 
 
 def counting(scene: Scene, category: str) -> set[str]:

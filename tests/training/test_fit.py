@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_modules import CPU, data, load, stage
 
 from sicog_exp.prompts import prompt
@@ -27,17 +28,18 @@ from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.store import Artifact, Step, Store
 from sicog_exp.training.stages import TrainingTask, fine_tune
 
-model, data, root, wait = sys.argv[1:]
-stage = StageConfig(steps={steps}, batch_size=4, micro_batch_size=2, max_length=512, checkpoint_every=2)
+model, data, root, wait, steps = sys.argv[1:]
+stage = StageConfig(steps=int(steps), batch_size=4, micro_batch_size=2, max_length=512, checkpoint_every=2)
 task = TrainingTask(stage, ModelConfig(device="cpu", threads=1), dict(annotated=0.7, text=0.3), 3)
-inputs = {{name: Artifact(Path(path), dict(fingerprint=name), True) for name, path in (("model", model), ("data", data))}}
+paths = dict(model=model, data=data)
+inputs = {name: Artifact(Path(path), dict(fingerprint=name), True) for name, path in paths.items()}
 
 def progress(done, total):
     print(done, flush=True)
     time.sleep(float(wait))
 
 Store(root).run(Step("develop", fine_tune, task, inputs, 3), progress)
-""".format(steps=STEPS)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, world_images: list[Path]) -
 def run(model: Path, data: Path, root: Path, kill_at: int = 0) -> None:
     """Train in a process of its own; with `kill_at`, SIGKILL when that step has been reported."""
     wait = "0.2" if kill_at else "0"
-    command = [sys.executable, "-c", RUN, str(model), str(data), str(root), wait]
+    command = [sys.executable, "-c", RUN, str(model), str(data), str(root), wait, str(STEPS)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     if kill_at:
@@ -125,6 +127,21 @@ def test_fewer_steps_than_asked_for_is_no_success(tiny_model: Path, world_images
     monkeypatch.setattr("sicog_exp.training.fit.Trainer", lambda **options: plain(**{**options, "max_epochs": 1}))
     with pytest.raises(RuntimeError, match="trained 3 of 5 steps"):
         fit(SupervisedFineTuning(model, config), short, CPU, Workplace(tmp_path, tmp_path), 0)
+
+
+def test_rows_made_in_another_process_train_the_same_bits(tiny_model: Path, world_images: list[Path],
+                                                          tmp_path: Path) -> None:  # fmt: skip
+    results = []
+    for workers in (0, 1):
+        model, encoder = load(tiny_model)
+        config = stage(steps=3, batch_size=2, micro_batch_size=2)
+        feed = data(encoder, world_images, config)
+        feed.workers = workers
+        scratch = tmp_path / str(workers)
+        scratch.mkdir()
+        fit(SupervisedFineTuning(model, config), feed, CPU, Workplace(tmp_path, scratch), 0)
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_only_the_newest_checkpoint_stays(tiny_model: Path, world_images: list[Path], tmp_path: Path) -> None:

@@ -1,0 +1,205 @@
+"""The model contract: what we save, transformers loads with no code of ours; what cannot be used is said so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sicog_exp.data.chat import ChatEncoder
+from sicog_exp.data.scenes import make_scene, render
+from sicog_exp.models.loading import (
+    EMBEDDED_BASE,
+    PARTS,
+    ModelError,
+    ModelSource,
+    load_model,
+    part_modules,
+    part_parameters,
+    resolve_base,
+    save_model,
+    work_of,
+)
+from sicog_exp.records import user
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(*load_model(ModelSource(str(tiny_model))), folder)
+    return folder
+
+
+def inputs_of(processor: Any) -> dict[str, torch.Tensor]:
+    encoder = ChatEncoder(processor)
+    pixels = encoder.pixels([render(make_scene(1, "base", 0), 1)])
+    ids = torch.tensor([encoder.prompt((user("Is there a dog?", 1),), pixels)])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels["pixel_values"]}
+
+
+def test_transformers_loads_what_we_save_with_the_same_logits(tiny_model: Path, saved: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model, processor = load_model(ModelSource(str(tiny_model)))
+    other = AutoModelForImageTextToText.from_pretrained(saved).eval()
+    given = inputs_of(processor)
+    reloaded = inputs_of(AutoProcessor.from_pretrained(saved))
+    assert all(torch.equal(given[name], reloaded[name]) for name in given)
+    with torch.no_grad():
+        assert torch.equal(model(**given).logits, other(**reloaded).logits)
+
+
+def test_no_code_of_ours_is_needed(saved: Path) -> None:
+    code = f"""
+import sys
+sys.modules["sicog_exp"] = None
+from transformers import AutoModelForImageTextToText, AutoProcessor
+processor = AutoProcessor.from_pretrained({str(saved)!r})
+print(type(AutoModelForImageTextToText.from_pretrained({str(saved)!r})).__name__)
+talk = [dict(role="user", content=[dict(type="image"), dict(type="text", text="Is there a dog?")])]
+print(repr(processor.apply_chat_template(talk, add_generation_prompt=True)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    name, prompt = done.stdout.splitlines()
+    assert name == "LlavaForConditionalGeneration"
+    assert "<|im_start|>user\\n<image>\\nIs there a dog?<|im_end|>" in prompt
+
+
+def test_weights_are_safetensors_and_nothing_is_a_pickle(saved: Path) -> None:
+    files = [file.name for file in saved.iterdir()]
+    assert "model.safetensors" in files
+    assert "config.json" in files
+    assert not [name for name in files if name.endswith(PICKLES)]
+    assert all(file.read_bytes()[:2] != b"\x80\x04" for file in saved.iterdir())
+
+
+def test_saving_twice_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    save_model(*load_model(ModelSource(str(saved))), tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == {f.name: f.read_bytes() for f in saved.iterdir()}
+
+
+def test_parts_hold_every_parameter_once(tiny_model: Path) -> None:
+    model, _ = load_model(ModelSource(str(tiny_model)))
+    parts = part_parameters(model)
+    assert list(parts) == list(PARTS)
+    every = [id(parameter) for group in parts.values() for parameter in group]
+    assert len(set(every)) == len(every)
+    assert set(every) == {id(parameter) for parameter in model.parameters()}
+    assert set(part_modules(model)) == set(PARTS)
+
+
+def test_a_model_without_known_parts_is_named(tiny_model: Path) -> None:
+    model, _ = load_model(ModelSource(str(tiny_model)))
+    del model.model.multi_modal_projector
+    with pytest.raises(ModelError, match="LlavaForConditionalGeneration: no projector found"):
+        part_modules(model)
+
+
+def test_a_parameter_outside_the_parts_is_named(tiny_model: Path) -> None:
+    model, _ = load_model(ModelSource(str(tiny_model)))
+    model.model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ModelError, match=r"parameters outside its known parts: \['model\.extra"):
+        part_modules(model)
+
+
+def test_work_counts_each_multiplying_parameter(tiny_model: Path) -> None:
+    model, _ = load_model(ModelSource(str(tiny_model)))
+    work = work_of(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert work.vision + work.language == total
+    assert work.flops(10, 4, training=False) == 2 * (10 * work.language + 4 * work.vision)
+    assert work.flops(10, 4, training=True) == 3 * work.flops(10, 4, training=False)
+
+
+def test_the_base_s_name() -> None:
+    assert resolve_base("embedded") == str(EMBEDDED_BASE)
+    assert resolve_base("/somewhere/else") == "/somewhere/else"
+
+
+# What cannot be used.
+
+
+def _only_a_pickle(folder: Path) -> None:
+    model, _ = load_model(ModelSource(str(folder)))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _unknown_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "megabrain"}))
+
+
+def _text_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config["text_config"], "model_type": "qwen2"}))
+
+
+def _torn_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def _part_of_the_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "projector" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def _no_processor(folder: Path) -> None:
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _torn_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "lla')
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (_only_a_pickle, "safetensors"),
+    (_unknown_architecture, "cannot load it as an image-text-to-text model"),
+    (_text_model, "cannot load it as an image-text-to-text model"),
+    (_torn_weights, "cannot load it"),
+    (_part_of_the_weights, r"lacks \d+ weights of its model, such as .*projector"),
+    (_no_processor, "processor"),
+    (_torn_config, "cannot load it"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[d.__name__.strip("_") for d, _ in DAMAGES])
+def test_an_unusable_model_is_an_error_that_names_it(
+    damage: Callable[[Path], None], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    damage(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(ModelSource(str(folder)))
+    assert str(folder) in str(caught.value)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nothing here"):
+        load_model(ModelSource(str(tmp_path / "nothing here")))
+
+
+def test_a_pickle_is_never_opened(tiny_model: Path, tmp_path: Path) -> None:
+    """A pytorch_model.bin that would run code when unpickled does not get the chance."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
+    with pytest.raises(ModelError):
+        load_model(ModelSource(str(folder)))
+    assert not (tmp_path / "owned").exists()

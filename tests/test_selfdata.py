@@ -1,0 +1,114 @@
+"""Self-data: outputs are joined by sample id, ragged candidate lists are normal, chosen responses are kept whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sicog_exp.prompts import prompt, question_of, structured
+from sicog_exp.recipe import CurationConfig, ModelConfig, SamplingConfig
+from sicog_exp.records import Record, conversation, read_jsonl, read_records, write_jsonl, write_records
+from sicog_exp.selfdata import CurationTask, PoolTask, curate, pool_rows, requests_for, training_rows
+from sicog_exp.store import Artifact, Workplace
+
+COT = structured("cot", ("find color", "red dog", "dog red", "red"))
+
+
+def unlabeled(i: int, kind: Any = "cot") -> Record:
+    question = f"What color is thing {i}?"
+    return Record(f"u{i}", conversation(prompt(kind, question), None, (f"{i}.png",)), (f"{i}.png",), kind, "unlabeled")
+
+
+def task(group: Any = "reasoning", iteration: int = 0, **counts: int) -> PoolTask:
+    return PoolTask(SamplingConfig(**counts), ModelConfig(), group, iteration, 0)
+
+
+def candidate(sample_id: str, kind: str, text: str, index: int = 0) -> dict[str, Any]:
+    return {"sample_id": sample_id, "kind": kind, "index": index, "text": text, "seed": 1, "logprob": -1.0,
+            "tokens": 2, "finish_reason": "stop"}  # fmt: skip
+
+
+def pool(folder: Path, rows: list[dict[str, Any]]) -> Artifact:
+    folder.mkdir()
+    write_jsonl(folder / "candidates.jsonl", rows)
+    return Artifact(folder, {"fingerprint": folder.name}, True)
+
+
+def test_defect_prompt_and_image_path_are_those_of_training(tmp_path: Path) -> None:
+    records = [unlabeled(1), unlabeled(2), unlabeled(3, "cod")]
+    requests = requests_for(task(cot=2, direct=1), records, tmp_path)
+    assert [(r.sample_id, r.kind, r.count) for r in requests] == [
+        ("u1", "cot", 2), ("u1", "direct", 1), ("u2", "cot", 2), ("u2", "direct", 1)]  # fmt: skip
+    for request in requests:
+        question = f"What color is thing {request.sample_id[1]}?"
+        trained = conversation(prompt(request.kind, question), "x", ("one.png",))
+        assert request.messages == trained[:1]
+        assert request.images == (tmp_path / f"{request.sample_id[1]}.png",)
+    captions = requests_for(task("caption", cod=0, dd=2), records, tmp_path)
+    assert [(r.sample_id, r.kind, r.count) for r in captions] == [("u3", "dd", 2)]
+    assert captions[0].messages[0].content == f"<image>\n{prompt('dd')}"
+
+
+def test_iterations_give_pooled_candidates_keys_of_their_own(tmp_path: Path) -> None:
+    keys = set()
+    for iteration in range(3):
+        for request in requests_for(task(iteration=iteration, cot=3, direct=1), [unlabeled(1)], tmp_path):
+            keys |= {(request.kind, request.first_index + i) for i in range(request.count)}
+    assert len(keys) == 3 * (3 + 1)
+
+
+def test_defect_outputs_are_zipped_with_the_wrong_images(tmp_path: Path) -> None:
+    """Candidates in another order, with a sample missing: each one still lands on its own sample."""
+    records = [unlabeled(i) for i in range(4)]
+    rows = [candidate(f"u{i}", "direct", f"answer {i}") for i in (3, 0, 2)]
+    joined = list(pool_rows(records, [pool(tmp_path / "p0", rows)]))
+    assert {row["id"]: (row["image"], row["candidates"][0]["text"]) for row in joined} == {
+        f"u{i}": (f"{i}.png", f"answer {i}") for i in (0, 2, 3)}  # fmt: skip
+    assert all(row["prompt"] == f"What color is thing {row['id'][1]}?" for row in joined)
+
+
+def test_defect_a_ragged_item_kills_the_stage(tmp_path: Path) -> None:
+    """Pools of several iterations with different numbers of candidates an item."""
+    pools = [pool(tmp_path / "p0", [candidate("u0", "cot", COT)]),
+             pool(tmp_path / "p1", [candidate("u0", "direct", "red"), candidate("u0", "cot", COT, 1),
+                                    candidate("u1", "direct", "blue")])]  # fmt: skip
+    rows = {row["id"]: row for row in pool_rows([unlabeled(0), unlabeled(1)], pools)}
+    assert [len(rows[name]["candidates"]) for name in ("u0", "u1")] == [3, 1]
+    assert {row["kind"] for row in rows.values()} == {"reasoning"}
+
+
+def test_defect_the_chain_of_thought_is_lost() -> None:
+    """The chosen response is kept whole, and its conclusion beside it as a direct answer."""
+    row = {"id": "u1", "kind": "reasoning", "prompt": "What color?", "chosen": COT, "chosen_kind": "cot"}
+    whole, plain = training_rows(row, ("1.png",))
+    assert (whole.id, whole.kind, whole.response, whole.source) == ("u1:cot", "cot", COT, "self_reasoning")
+    assert (plain.id, plain.kind, plain.response) == ("u1:direct", "direct", "red")
+    assert whole.messages[0].content == "<image>\n" + prompt("cot", "What color?")
+    (only,) = training_rows({**row, "chosen": "red", "chosen_kind": "direct"}, ("1.png",))
+    assert only.kind == "direct"
+    caption = {"id": "u2", "kind": "caption", "prompt": "ignored", "chosen": "a dog", "chosen_kind": "dd"}
+    (described,) = training_rows(caption, ("2.png",))
+    assert (described.source, described.messages[0].content) == ("self_caption", f"<image>\n{prompt('dd')}")
+
+
+@pytest.mark.parametrize("odd", ["<image>", "a dog <image> a cat"])
+def test_a_response_that_spells_an_image_placeholder_stops_nothing(odd: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_records(data / "unlabeled.parquet", [unlabeled(0), unlabeled(1)])
+    rows = [candidate("u0", "direct", odd, i) for i in range(2)] + [candidate("u1", "direct", "red", i) for i in (0, 1)]
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    out.mkdir()
+    scratch.mkdir()
+    inputs = {"data": Artifact(data, {}, True), "pool00": pool(tmp_path / "p0", rows)}
+    curate(CurationTask(CurationConfig()), inputs, Workplace(out, scratch))
+    assert [record.id for record in read_records(out / "self.parquet")] == ["u1:direct"]
+    assert {row["id"]: row["kept"] for row in read_jsonl(out / "curated.jsonl")} == {"u0": False, "u1": True}
+
+
+def test_questions_are_found_again_in_their_prompts() -> None:
+    record = unlabeled(5)
+    words = record.messages[0].content.removeprefix("<image>\n")
+    assert question_of("cot", words) == "What color is thing 5?"
