@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 PATTERN = 1000
 """Slots after which the shares of a mixture are exact."""
-CACHED_IMAGES = 8192
+CACHE_BYTES = 1_000_000_000
+"""Image tensors kept by one training stage."""
 
 
 class MixtureError(ValueError):
@@ -46,36 +48,61 @@ class Source(Protocol):
     def row(self, index: int) -> Row: ...
 
 
-class RecordSource:
-    """Records whose images lie under `root`; a conversation too long for the model is set aside and counted."""
+class ImageTensors:
+    """The processor's tensors of images under `root`, the most recently used ones kept up to CACHE_BYTES."""
 
-    def __init__(self, name: str, records: Sequence[Record], root: Path, encoder: ChatEncoder, max_length: int,
-                 max_pixels: int) -> None:  # fmt: skip
-        self.name = name
+    def __init__(self, root: Path, encoder: ChatEncoder, max_pixels: int) -> None:
         self._root, self._encoder, self._max_pixels = root, encoder, max_pixels
+        self._kept: OrderedDict[tuple[str, ...], Mapping[str, torch.Tensor]] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor] | None:
+        """Tensors of one example's images; None for an example without."""
+        if not images:
+            return None
+        if images not in self._kept:
+            self._keep(images, self._open(images))
+        self._kept.move_to_end(images)
+        return self._kept[images]
+
+    def _open(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
+        from sicog_exp.data.images import open_image
+
+        return dict(self._encoder.pixels([open_image(self._root, name, self._max_pixels) for name in images]))
+
+    def _keep(self, images: tuple[str, ...], tensors: Mapping[str, torch.Tensor]) -> None:
+        self._kept[images] = tensors
+        self._bytes += _size(tensors)
+        while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _size(oldest)
+
+
+def _size(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+class RecordSource:
+    """Records as rows; a conversation too long for the model is set aside and counted in `too_long`."""
+
+    def __init__(self, name: str, records: Sequence[Record], images: ImageTensors, encoder: ChatEncoder,
+                 max_length: int) -> None:  # fmt: skip
+        self.name = name
+        self._images, self._encoder = images, encoder
         self.too_long: list[str] = []
         self._rows = [row for record in records if (row := self._encode(record, max_length))]
         self.rows: int | None = len(self._rows)
 
     def _encode(self, record: Record, max_length: int) -> tuple[Example, tuple[str, ...]] | None:
         try:
-            return self._encoder.example(record.messages, self._pixels(record.images), max_length), record.images
+            return self._encoder.example(record.messages, self._images.of(record.images), max_length), record.images
         except ChatError:
             self.too_long.append(record.id)
             return None
 
     def row(self, index: int) -> Row:
         example, images = self._rows[index]
-        return Row(example, self._pixels(images), self.name)
-
-    def _pixels(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor] | None:
-        return self._load(images) if images else None
-
-    @lru_cache(maxsize=CACHED_IMAGES)  # noqa: B019 - a source lives as long as its training stage
-    def _load(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
-        from sicog_exp.data.images import open_image
-
-        return dict(self._encoder.pixels([open_image(self._root, name, self._max_pixels) for name in images]))
+        return Row(example, self._images.of(images), self.name)
 
 
 class Mixture:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
 from sicog_exp.data.chat import ChatEncoder
-from sicog_exp.data.mixture import Mixture, RecordSource
+from sicog_exp.data.mixture import ImageTensors, Mixture, RecordSource
 from sicog_exp.models.loading import ModelSource, load_model, save_model, work_of
 from sicog_exp.prompts import KINDS, Kind
 from sicog_exp.recipe import ModelConfig, StageConfig
@@ -37,8 +36,8 @@ class TrainingTask:
     max_pixels: int = 50_000_000
 
 
-def rows_by_source(task: TrainingTask, inputs: Mapping[str, Artifact]) -> dict[str, tuple[Sequence[Record], Path]]:
-    """source -> (records, root of their images), for every source that the task's shares name."""
+def rows_by_source(task: TrainingTask, inputs: Mapping[str, Artifact]) -> dict[str, list[Record]]:
+    """source -> its records, for every source that the task's shares name."""
     data = inputs["data"]
     annotated = read_records(data / "annotated.parquet")
     instruction = read_records(data / "instruction.parquet")
@@ -50,14 +49,14 @@ def rows_by_source(task: TrainingTask, inputs: Mapping[str, Artifact]) -> dict[s
     if "curated" in inputs:
         chosen = read_records(inputs["curated"] / "self.parquet")
         found |= {source: [r for r in chosen if r.source == source] for source in SELF_SOURCES}
-    return {source: (found[source], data.path) for source in task.shares if source in found}
+    return {source: found[source] for source in task.shares if source in found}
 
 
 def build_mixture(task: TrainingTask, inputs: Mapping[str, Artifact], encoder: ChatEncoder) -> Mixture:
     """The task's rows, tokenized. Raises MixtureError when no source has one."""
-    length = task.stage.max_length
-    sources = [(RecordSource(source, records, root, encoder, length, task.max_pixels), task.shares[source])
-               for source, (records, root) in rows_by_source(task, inputs).items()]  # fmt: skip
+    length, images = task.stage.max_length, ImageTensors(inputs["data"].path, encoder, task.max_pixels)
+    sources = [(RecordSource(source, records, images, encoder, length), task.shares[source])
+               for source, records in rows_by_source(task, inputs).items()]  # fmt: skip
     for source, _ in sources:
         if source.too_long:
             print(f"training: {len(source.too_long)} {source.name} rows are longer than {length} tokens and set aside, "

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sicog_exp.data.chat import IGNORED, ChatEncoder, Example
-from sicog_exp.data.mixture import PATTERN, Mixture, MixtureError, RecordSource, Row, collate
+from sicog_exp.data.mixture import PATTERN, ImageTensors, Mixture, MixtureError, RecordSource, Row, collate
 from sicog_exp.models.loading import ModelSource, load_model
 from sicog_exp.prompts import prompt
 from sicog_exp.records import Message, Record, conversation, user
@@ -146,7 +146,7 @@ def test_records_become_rows(chat: ChatEncoder, world_images: list[Path]) -> Non
         Record("text", conversation("What category is a dog?", "animal", ()), (), "text", "x"),
         Record("two", (user("Same?", 2), Message("assistant", "no")), ("1.png", "2.png"), "direct", "x"),
     ]
-    source = RecordSource("annotated", records, root, chat, 512, 50_000_000)
+    source = RecordSource("annotated", records, ImageTensors(root, chat, 50_000_000), chat, 512)
     assert source.rows == 3
     rows = [source.row(i) for i in range(3)]
     assert [row.source for row in rows] == ["annotated"] * 3
@@ -160,6 +160,6 @@ def test_records_become_rows(chat: ChatEncoder, world_images: list[Path]) -> Non
 def test_a_row_that_is_too_long_is_set_aside_and_named(chat: ChatEncoder, world_images: list[Path]) -> None:
     root = world_images[0].parent
     records = [Record(f"r{i}", conversation("dog " * i, "yes", ("0.png",)), ("0.png",), "direct", "x") for i in (1, 90)]
-    source = RecordSource("annotated", records, root, chat, 60, 50_000_000)
+    source = RecordSource("annotated", records, ImageTensors(root, chat, 50_000_000), chat, 60)
     assert source.rows == 1
     assert source.too_long == ["r90"]
