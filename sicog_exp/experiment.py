@@ -17,7 +17,7 @@ from sicog_exp.progress import Display
 from sicog_exp.recipe import Recipe, RecipeError, StageConfig
 from sicog_exp.runner import Runner
 from sicog_exp.store import Artifact, Step, Store, Workplace
-from sicog_exp.tracking import Tracker
+from sicog_exp.tracking import Tracker, mark_no_op
 
 SUMMARY, REPORT = "summary.json", "report.html"
 REVISION = 1
@@ -42,6 +42,7 @@ def run_experiment(recipe: Recipe, console: Console) -> Artifact:
     finished = store.find(step)
     if finished and intact(store, finished):
         console.print(f"{recipe.name}: finished before, nothing to do. Delete {finished.path} to report again.")
+        mark_no_op(recipe.tracking, json.loads((finished / SUMMARY).read_text())["run_id"])
     else:
         if finished:
             store.set_aside(finished.path, "a step it was made of is damaged")

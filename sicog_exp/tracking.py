@@ -35,6 +35,15 @@ def connect(config: TrackingConfig) -> MlflowClient:
     return MlflowClient()
 
 
+def mark_no_op(config: TrackingConfig, finished_run: str) -> None:
+    """Let the run that `mlflow run` opened for nothing point to the finished one."""
+    given = os.environ.get("MLFLOW_RUN_ID")
+    if given:
+        client = connect(config)
+        client.set_tag(given, NAME, "nothing to do")
+        client.set_tag(given, "sicog.finished_run", finished_run)
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys."""
     result: dict[str, Any] = {}
