@@ -14,6 +14,8 @@ from sicog_exp.runner import Runner
 from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule
 from sicog_exp.store import Artifact, Step, Workplace, file_checksum
 
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+"""What makes up a model: weights, configuration, tokenizer and processor; a card can be edited freely."""
 DATA_REVISION = 1
 EVALUATION_REVISION = 1
 
@@ -194,7 +196,7 @@ def data_step(recipe: Recipe) -> Step:
 def base_step(recipe: Recipe) -> Step:
     """The base model's files under the store's care; its identity is their content, never their path."""
     folder = base_folder(recipe)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
 
     def run(task: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
         import shutil
