@@ -8,6 +8,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DEFAULT_RECIPE = "experiments/embedded.yaml"
 
@@ -79,15 +83,13 @@ def _overrides(args: argparse.Namespace, default: str = DEFAULT_RECIPE) -> tuple
 
 
 def _iterate(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from sicog_exp.recipe import load
 
     recipe = load(*_overrides(args))
     quiet_libraries()
     from sicog_exp.experiment import run_experiment
 
-    run_experiment(recipe, Console(soft_wrap=True))
+    run_experiment(recipe, console())
     return 0
 
 
@@ -116,15 +118,13 @@ def _curate(args: argparse.Namespace) -> int:
 
 
 def _evidence(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from sicog_exp.recipe import load
 
     recipe = load(*_overrides(args, "experiments/evidence.yaml"))
     quiet_libraries()
     from sicog_exp.studies.evidence import run_evidence
 
-    run_evidence(recipe, [int(seed) for seed in args.seeds.split(",")], args.out, Console(soft_wrap=True))
+    run_evidence(recipe, [int(seed) for seed in args.seeds.split(",")], args.out, console())
     return 0
 
 
@@ -132,6 +132,13 @@ def _ui(args: argparse.Namespace) -> int:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     options = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(args.port)]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *options])
+
+
+def console() -> Console:
+    """Where commands print; a log file gets room for a whole table."""
+    from rich.console import Console
+
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def quiet_libraries() -> None:

@@ -190,9 +190,9 @@ def show(finished: Artifact, console: Console) -> None:
     """The table of generations, where the report is, how to open the UI."""
     summary = json.loads((finished / SUMMARY).read_text())
     table = Table(title="Accuracy, % [95% interval, images resampled]")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for index in range(len(summary["generations"])):
-        table.add_column(f"G{index}" + (" (champion)" if index == summary["champion"] else ""), justify="right")
+        table.add_column(f"G{index}" + (" (champion)" if index == summary["champion"] else ""), justify="right", no_wrap=True)
     for task in summary["generations"][0]:
         table.add_row(task, *(_cell(generation[task]) for generation in summary["generations"]))
     console.print(table)
