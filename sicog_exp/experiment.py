@@ -192,7 +192,8 @@ def show(finished: Artifact, console: Console) -> None:
     table = Table(title="Accuracy, % [95% interval, images resampled]")
     table.add_column("task", no_wrap=True)
     for index in range(len(summary["generations"])):
-        table.add_column(f"G{index}" + (" (champion)" if index == summary["champion"] else ""), justify="right", no_wrap=True)
+        title = " (champion)" if index == summary["champion"] else ""
+        table.add_column(f"G{index}{title}", justify="right", no_wrap=True)
     for task in summary["generations"][0]:
         table.add_row(task, *(_cell(generation[task]) for generation in summary["generations"]))
     console.print(table)
