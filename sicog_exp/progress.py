@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+MEASURABLE = 0.01
+"""Share of all work from which its rate says anything: a stage's first step holds its set-up."""
 LINE_EVERY = 20.0
 """Seconds between progress lines where there is no terminal to draw a bar on."""
 
@@ -67,7 +69,7 @@ class Display:
     def _left(self, current: float) -> str:
         """About how long the rest takes, from the rate so far in this process."""
         work = self._measured + current
-        if work <= 0:
+        if work < MEASURABLE * self._total:
             return ""
         seconds = self._busy + (time.monotonic() - self._started if current else 0.0)
         rest = (self._total - self._done - current) / work * seconds
