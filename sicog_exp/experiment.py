@@ -21,6 +21,7 @@ from sicog_exp.tracking import Tracker, mark_no_op
 
 SUMMARY, REPORT = "summary.json", "report.html"
 REVISION = 1
+REPRODUCE = "sicog iterate recipe.yaml   # the resolved recipe, logged with the run"
 # Seconds of work relative to one training sample, measured on the embedded default; for the estimate alone.
 CANDIDATE_WORK, QUESTION_WORK = 0.4, 0.6
 WEIGHTS_IN_TRAINING = 4
@@ -76,57 +77,51 @@ def _run(recipe: Recipe, store: Store, workplace: Workplace, console: Console) -
 
 
 def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: Workplace, wall: float) -> None:
-    """Compare the generations, log everything under the same names, register, report."""
+    """Compare the generations, log and register them under the same names, report."""
     from sicog_exp.evaluation import compare
     from sicog_exp.reporting import collect, report
 
-    tracker = runner.tracker
-    scored, resamples = [generation.scores.path for generation in lineage.generations], recipe.evaluation.bootstrap
+    tracker, resamples = runner.tracker, recipe.evaluation.bootstrap
+    scored = [generation.scores.path for generation in lineage.generations]
     tables = [compare.score_table(path, resamples) for path in scored]
-    deltas = compare.deltas(scored, resamples)
-    for index, table in enumerate(tables):
-        metrics = compare.metrics(table)
-        if index:
-            curated = lineage.curated[index - 1] if lineage.curated else None
-            metrics |= collect.curation_metrics(curated, lineage.data) if curated else {}
-        tracker.log_generation(index, metrics)
-        tracker.register(index, lineage.generations[index].model, metrics)
-    champion = compare.champion(scored, resamples)
-    tracker.promote(champion)
-    log_datasets(lineage, tracker)
-    share = orchestration_share(runner, wall)
-    page = collect.collect(
-        recipe, lineage, runner.done, run_id=tracker.run_id, run_uri=str(tracker.client.tracking_uri),
-        date=date.today().isoformat(), reproduce=reproduce_command(recipe), orchestration_share=share)  # fmt: skip
-    report.write_report(page, workplace.directory / REPORT)
-    summary = {
+    for generation, table in zip(lineage.generations, tables, strict=True):
+        curated = lineage.curated[generation.index - 1] if generation.index and lineage.curated else None
+        known = collect.curation_metrics(curated, lineage.data) if curated else {}
+        tracker.log_generation(generation.index, compare.metrics(table) | known)
+        tracker.register(generation.index, generation.model)
+        tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
+    summary: dict[str, Any] = {
         "run_id": tracker.run_id,
         "wall_seconds": wall,
-        "orchestration_share": share,
-        "champion": champion,
-        "generations": [
-            {task: vars(score.overall) for task, score in table.items()} for table in tables
-        ],
-        "deltas": [vars(delta) for delta in deltas],
+        "orchestration_share": orchestration_share(runner, wall),
+        "champion": compare.champion(scored, resamples),
+        "generations": [{task: vars(score.overall) for task, score in table.items()} for table in tables],
+        "deltas": [vars(delta) for delta in compare.deltas(scored, resamples)],
         "artifacts": sorted({artifact.path.name for _, artifact in runner.done}),
         "evaluations": [path.name for path in scored],
         "models": [generation.model.path.name for generation in lineage.generations],
-    }  # fmt: skip
+    }
+    tracker.promote(summary["champion"])
+    log_datasets(recipe, lineage, tracker)
+    page = collect.collect(
+        recipe, lineage, runner.done, run_id=tracker.run_id, run_uri=str(tracker.client.tracking_uri),
+        date=date.today().isoformat(), reproduce=REPRODUCE,
+        orchestration_share=summary["orchestration_share"])  # fmt: skip
+    report.write_report(page, workplace.directory / REPORT)
     (workplace.directory / SUMMARY).write_text(json.dumps(summary, indent=1, default=float))
     for name in (REPORT, SUMMARY):
         tracker.log_file(workplace.directory / name)
-    for generation in lineage.generations:
-        tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
 
 
-def log_datasets(lineage: loop.Lineage, tracker: Tracker) -> None:
-    """Each generation's benchmark and, from G1 on, the self-generated rows it was pre-trained on."""
+def log_datasets(recipe: Recipe, lineage: loop.Lineage, tracker: Tracker) -> None:
+    """The split that each generation was scored on and, from G1 on, the self-generated rows it was pre-trained on."""
     from sicog_exp.records import read_records
 
-    benchmark_rows = len(read_records(lineage.data / "benchmark.parquet"))
+    split = recipe.evaluation.split
+    scored_rows = len(read_records(lineage.data / f"{split}.parquet"))
     for generation in lineage.generations:
         run_id = tracker.generation(generation.index)
-        tracker.log_dataset(run_id, "benchmark", lineage.data, "evaluation", benchmark_rows)
+        tracker.log_dataset(run_id, split, lineage.data, "evaluation", scored_rows)
         if generation.index and lineage.curated:
             curated = lineage.curated[generation.index - 1]
             tracker.log_dataset(run_id, "self-data", curated, "training", len(read_records(curated / "self.parquet")))
@@ -180,10 +175,6 @@ def check_memory(recipe: Recipe) -> None:
         raise RecipeError(f"model.base={recipe.model.base}: training needs about {need / 1e9:.0f} GB for weights, "
                           f"gradients and optimizer; this machine has {has:.0f} GB. Use a smaller model or a larger "
                           "machine")  # fmt: skip
-
-
-def reproduce_command(recipe: Recipe) -> str:
-    return "sicog iterate recipe.yaml   # the resolved recipe, logged with the run"
 
 
 def show(finished: Artifact, console: Console) -> None:

@@ -153,7 +153,7 @@ class Tracker:
         run_id = self.run_id if generation is None else self.generation(generation)
         self.client.log_artifact(run_id, str(path), folder)
 
-    def register(self, index: int, artifact: Artifact, metrics: Mapping[str, float]) -> None:
+    def register(self, index: int, artifact: Artifact) -> None:
         """Log generation `index`'s model and register it with the alias gen-<index>."""
         if not self.recipe.tracking.register:
             return

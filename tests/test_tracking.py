@@ -59,7 +59,7 @@ class Experiment:
             self.runner.generation = index
             self.models.append(self.runner.run(Step("instruct", train, {"g": index}, {"data": self.data}, index)))
             self.tracker.log_generation(index, METRICS[index])
-            self.tracker.register(index, self.models[index], METRICS[index])
+            self.tracker.register(index, self.models[index])
             self.tracker.log_dataset(self.tracker.generation(index), "self-data", self.data, "training", 3)
         self.tracker.promote(1)
         self.tracker.finish()
@@ -158,13 +158,13 @@ def test_models_come_back_from_the_registry(experiment: Experiment, tmp_path: Pa
 
 def test_registering_again_moves_the_alias(experiment: Experiment) -> None:
     first = experiment.client.get_model_version_by_alias("sicog-tracked", "gen-0").version
-    experiment.again.tracker.register(0, experiment.models[0], METRICS[0])
+    experiment.again.tracker.register(0, experiment.models[0])
     assert experiment.client.get_model_version_by_alias("sicog-tracked", "gen-0").version != first
 
 
 def test_no_registration_when_switched_off(home: Path, experiment: Experiment) -> None:
     tracker = Tracker(Recipe(name="private", tracking=TrackingConfig(register=False)))
-    tracker.register(0, experiment.models[0], METRICS[0])
+    tracker.register(0, experiment.models[0])
     tracker.promote(0)
     assert not tracker.client.search_registered_models("name = 'sicog-private'")
     tracker.finish()
