@@ -141,18 +141,18 @@ def self_data_module(
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """What scores depend on besides model and data; `suite` is the suite's text, not its name."""
+    """What scores depend on besides model and data; `benchmarks` is what the suite holds now, not its name."""
 
     evaluation: EvaluationConfig
     model: ModelConfig
-    suite: str
+    benchmarks: Mapping[str, str]
 
 
 def evaluate(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> Artifact:
     """Score a generation through lmms-eval."""
-    from sicog_exp.evaluation.benchmarks import suite_text
+    from sicog_exp.evaluation.benchmarks import suite_state
 
-    task = EvaluationTask(recipe.evaluation, recipe.model, suite_text(recipe.evaluation.suite))
+    task = EvaluationTask(recipe.evaluation, recipe.model, suite_state(recipe.evaluation.suite))
     inputs = {"model": model, "data": data}
     return runner.run(Step("evaluate", run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from sicog_exp.generation.engine import Engine
 from sicog_exp.prompts import PROMPTS, final_text, normalize_answer
 from sicog_exp.recipe import EvaluationConfig, RecipeError, load_as
 from sicog_exp.records import read_jsonl, write_jsonl
+from sicog_exp.store import file_checksum
 
 Split = Literal["benchmark", "development"]
 SAMPLES, SCORES, RESULTS = "samples.jsonl", "scores.json", "results.json"
@@ -134,9 +136,14 @@ def load_suite(name: str) -> Suite:
         raise BenchmarkError(str(error)) from None
 
 
-def suite_text(name: str) -> str:
-    """A suite's content in one exact form, for a step's fingerprint: its name alone would hide an edit."""
-    return json.dumps(asdict(load_suite(name)), sort_keys=True)
+def suite_state(name: str) -> dict[str, str]:
+    """What scores on a suite depend on, for a step's fingerprint: the suite's content, our tasks' files, the harness.
+
+    Names alone would hide an edit, and an old score would stand for a new benchmark.
+    """
+    files = sorted(path for path in (evals_folder() / "tasks").iterdir() if path.is_file())
+    digest = hashlib.sha256("".join(f"{path.name}:{file_checksum(path)};" for path in files).encode()).hexdigest()
+    return {"suite": json.dumps(asdict(load_suite(name)), sort_keys=True), "tasks": digest, "harness": _harness()}
 
 
 def evaluate(
