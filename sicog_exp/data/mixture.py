@@ -124,6 +124,9 @@ class Mixture:
     def _make_pattern(self, shares: np.ndarray) -> np.ndarray:
         """Source of each of PATTERN slots: largest-remainder counts, shuffled."""
         quotas = shares / shares.sum() * PATTERN
+        if quotas.min() < 0.5:
+            name = self.sources[int(quotas.argmin())].name
+            raise MixtureError(f"the share of {name} is below 1/{2 * PATTERN} of the mixture: raise it, or set it to 0")
         counts = np.floor(quotas).astype(int)
         short = PATTERN - counts.sum()
         counts[np.argsort(counts - quotas, kind="stable")[:short]] += 1

@@ -39,7 +39,12 @@ SHARES = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 @settings(max_examples=50, deadline=None)
 @given(shares=SHARES, seed=st.integers(0, 2**31), turn=st.integers(0, 1000))
 def test_shares_are_exact_over_a_pattern(shares: list[float], seed: int, turn: int) -> None:
-    mixture = Mixture([(Numbers(str(i), None), share) for i, share in enumerate(shares)], seed)
+    sources = [(Numbers(str(i), None), share) for i, share in enumerate(shares)]
+    if min(share for share in shares if share > 0) * PATTERN / sum(shares) < 0.5:
+        with pytest.raises(MixtureError, match="share of"):
+            Mixture(sources, seed)
+        return
+    mixture = Mixture(sources, seed)
     counts = Counter(number for number, _ in map(mixture.locate, range(turn * PATTERN, (turn + 1) * PATTERN)))
     assert counts.total() == PATTERN
     for i, share in enumerate(shares):
