@@ -15,7 +15,7 @@ from sicog_exp.data import questions
 from sicog_exp.data.scenes import make_scene, render, rng_for
 from sicog_exp.prompts import prompt
 from sicog_exp.recipe import ModelConfig, StageConfig
-from sicog_exp.records import Message, user
+from sicog_exp.records import turns_conversation
 from sicog_exp.store import Artifact, Step, Store, Workplace
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class SceneTurns:
         scene = make_scene(self._seed, "base", index)
         pixels = self._encoder.pixels([render(scene, self._seed)])
         turns = questions.base_turns(scene, rng_for(self._seed, "base", index, "turns"), self._turns)
-        messages = turn_messages(turns, images=1)
+        messages = turns_conversation(turns, images=1)
         return Row(self._encoder.example(messages, pixels, MAX_LENGTH), pixels, self.name)
 
 
@@ -104,15 +104,7 @@ class TextTurns:
 
         scene = make_scene(self._seed + 1, "base", index)
         turns = questions.text_turns(scene, rng_for(self._seed + 1, "base", index, "text"))
-        return Row(self._encoder.example(turn_messages(turns, images=0), None, MAX_LENGTH), None, self.name)
-
-
-def turn_messages(turns: list[tuple[str, str]], images: int) -> tuple[Message, ...]:
-    """(question, answer) turns as one conversation, its images in front."""
-    messages: list[Message] = []
-    for i, (question, answer) in enumerate(turns):
-        messages += [user(question, images if i == 0 else 0), Message("assistant", answer)]
-    return tuple(messages)
+        return Row(self._encoder.example(turns_conversation(turns, images=0), None, MAX_LENGTH), None, self.name)
 
 
 def corpus(seed: int, scenes: int = 3000) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,12 @@ def user(text: str, images: int = 0) -> Message:
 def conversation(prompt_text: str, response: str | None, images: tuple[str, ...]) -> tuple[Message, ...]:
     first = (user(prompt_text, len(images)),)
     return first if response is None else (*first, Message("assistant", response))
+
+
+def turns_conversation(turns: Sequence[tuple[str, str]], images: int) -> tuple[Message, ...]:
+    """(question, answer) turns as one conversation, its images in front."""
+    pairs = ((user(asked, 0 if i else images), Message("assistant", answer)) for i, (asked, answer) in enumerate(turns))
+    return tuple(message for pair in pairs for message in pair)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sicog_exp import base
-from sicog_exp.base import BaseRecipe, ShapeConfig, base_steps, corpus, publish, turn_messages
+from sicog_exp.base import BaseRecipe, ShapeConfig, base_steps, corpus, publish
 from sicog_exp.models.loading import ModelSource, load_model, part_parameters
 from sicog_exp.recipe import ModelConfig, StageConfig
+from sicog_exp.records import turns_conversation
 from sicog_exp.store import Artifact, Store, file_checksum
 
 
@@ -65,9 +66,9 @@ def test_publish_copies_a_whole_model(steps: dict[str, Artifact], tmp_path: Path
 
 
 def test_turns_become_one_conversation() -> None:
-    messages = turn_messages([("What?", "it"), ("Where?", "here")], images=1)
+    messages = turns_conversation([("What?", "it"), ("Where?", "here")], images=1)
     assert [message.content for message in messages] == ["<image>\nWhat?", "it", "Where?", "here"]
-    assert turn_messages([("What?", "it")], images=0)[0].content == "What?"
+    assert turns_conversation([("What?", "it")], images=0)[0].content == "What?"
 
 
 def test_the_corpus_is_a_function_of_its_seed() -> None:

@@ -36,7 +36,7 @@ from sicog_exp.data.readers import (
 from sicog_exp.data.scenes import Scene, make_scene, render, rng_for
 from sicog_exp.prompts import Kind
 from sicog_exp.recipe import DataConfig
-from sicog_exp.records import Message, Record, conversation, user, write_jsonl, write_records
+from sicog_exp.records import Record, conversation, turns_conversation, write_jsonl, write_records
 
 SPLITS = ("annotated", "unlabeled", "instruction", "development", "benchmark")
 REJECTED = "rejected.jsonl"
@@ -201,18 +201,13 @@ def _instruct(config: DataConfig, dataset: Dataset, index: int) -> None:
     """What a public instruction set offers: a conversation about an image, and one text-only row of another scene."""
     scene = make_scene(config.seed, "instruction", index)
     rng = rng_for(config.seed, "instruction", index, "turns")
-    messages = _messages(wording.base_turns(scene, rng, BASE_TURNS), images=1)
+    messages = turns_conversation(wording.base_turns(scene, rng, BASE_TURNS), images=1)
     image = _picture(config, dataset, scene)
     rows = dataset.splits["instruction"]
     rows.append(Record(scene.id, messages, (image,), "direct", "instruction"))
     unseen = make_scene(config.seed, "instruction", config.instruction_images + index)
     turns = wording.text_turns(unseen, rng_for(config.seed, "instruction", unseen.index, "text"))
-    rows.append(Record(f"text-{index:06d}", _messages(turns, images=0), (), "text", "text"))
-
-
-def _messages(turns: Sequence[tuple[str, str]], images: int) -> tuple[Message, ...]:
-    pairs = ((user(asked, 0 if i else images), Message("assistant", answer)) for i, (asked, answer) in enumerate(turns))
-    return tuple(message for pair in pairs for message in pair)
+    rows.append(Record(f"text-{index:06d}", turns_conversation(turns, images=0), (), "text", "text"))
 
 
 # easy-vqa: 5,000 images of one coloured shape with questions, a public set with an official test split.
