@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -26,13 +25,6 @@ REPRODUCE = "sicog iterate recipe.yaml   # the resolved recipe, logged with the 
 CANDIDATE_WORK, QUESTION_WORK = 0.4, 0.6
 WEIGHTS_IN_TRAINING = 4
 """Copies of the weights that full training holds: weights, gradients, two AdamW moments."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What the finished run's artifact was made of, besides the data and base fingerprints among its inputs."""
-
-    recipe: Recipe
 
 
 def run_experiment(recipe: Recipe, console: Console) -> Artifact:
