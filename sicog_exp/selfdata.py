@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from sicog_exp.curation.curate import Group, group_of
 from sicog_exp.curation.files import curate_file
+from sicog_exp.data.readers import words_of
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.prompts import Kind, final_text, prompt, question_of
 from sicog_exp.recipe import CurationConfig, ModelConfig, SamplingConfig
@@ -15,7 +16,6 @@ from sicog_exp.records import Record, conversation, read_jsonl, read_records, us
 from sicog_exp.store import Artifact, Step, Workplace
 from sicog_exp.training.stages import MixtureData, TrainingTask
 
-Group = Literal["caption", "reasoning"]
 GROUPS: dict[Group, tuple[Kind, Kind]] = {"caption": ("cod", "dd"), "reasoning": ("cot", "direct")}
 POOL_REVISION = 1
 CURATION_REVISION = 1
@@ -33,18 +33,14 @@ class PoolTask:
     max_pixels: int = 50_000_000
 
 
-def group_of(record: Record) -> Group:
-    return "caption" if record.kind in GROUPS["caption"] else "reasoning"
-
-
 def requests_for(task: PoolTask, unlabeled: Sequence[Record], root: Path) -> list[Request]:
     """One request per unlabeled item and kind. Indices go on from iteration to iteration, so that pooled candidates
     differ in key and seed."""
     requests = []
     for record in unlabeled:
-        if group_of(record) != task.group:
+        if group_of(record.kind) != task.group:
             continue
-        question = question_of(record.kind, _words(record))
+        question = question_of(record.kind, words_of(record.prompt[-1]))
         for kind in GROUPS[task.group]:
             count = getattr(task.sampling, kind)
             if count:
@@ -52,11 +48,6 @@ def requests_for(task: PoolTask, unlabeled: Sequence[Record], root: Path) -> lis
                 images = tuple(root / name for name in record.images)
                 requests.append(Request(record.id, kind, messages, images, count, task.iteration * count))
     return requests
-
-
-def _words(record: Record) -> str:
-    """The user's last words without image placeholders."""
-    return record.prompt[-1].content.replace("<image>\n", "").replace("<image>", "")
 
 
 def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
@@ -100,8 +91,8 @@ def pool_rows(unlabeled: Sequence[Record], pools: Sequence[Artifact]) -> Iterato
     known = {record.id: record for record in unlabeled}
     for sample_id, texts in candidates.items():
         record = known[sample_id]
-        question = question_of(record.kind, _words(record))
-        yield {"id": sample_id, "kind": group_of(record), "prompt": question,
+        question = question_of(record.kind, words_of(record.prompt[-1]))
+        yield {"id": sample_id, "kind": group_of(record.kind), "prompt": question,
                "image": record.images[0] if record.images else None, "candidates": texts}  # fmt: skip
 
 
@@ -154,7 +145,7 @@ class SelfDataModule(MixtureData):
             return
         data = self.inputs["data"]
         # A folder of images without questions has captions to sample and no answers.
-        present = {group_of(record) for record in read_records(data / "unlabeled.parquet")}
+        present = {group_of(record.kind) for record in read_records(data / "unlabeled.parquet")}
         for group, generator in self._generators.items():
             task = replace(self._pool_task, group=group)
             if group in present and any(getattr(task.sampling, kind) for kind in GROUPS[group]):
