@@ -6,8 +6,9 @@ same steps and store. The base learns to see and to reason over text, never to a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from sicog_exp.records import turns_conversation
 from sicog_exp.store import Artifact, Step, Store, Workplace
 
 if TYPE_CHECKING:
-    from sicog_exp.data.chat import ChatEncoder
+    from sicog_exp.data.chat import ChatEncoder, Example
     from sicog_exp.data.mixture import Row
 
 MAX_LENGTH = 512
@@ -39,7 +40,7 @@ class ShapeConfig:
     """Layers of the Qwen2 decoder."""
     heads: int = 4
     """Attention heads of both."""
-    patch_size: int = 18
+    patch_size: int = 24
     """Pixels of a patch's side; a 72 pixel image gives (72 / patch_size)^2 tokens."""
 
 
@@ -51,7 +52,7 @@ class BaseRecipe:
     """Seed of weights, data order and scenes."""
     store: str = "store"
     """Folder of the step store."""
-    turns: int = 6
+    turns: int = 8
     """Questions asked about each image."""
     text_share: float = 0.3
     """Share of text-only rows in instruction tuning."""
@@ -70,7 +71,7 @@ class StageTask:
     stage: StageConfig
     model: ModelConfig
     text_share: float = 0.0
-    turns: int = 6
+    turns: int = 8
 
 
 class SceneTurns:
@@ -80,15 +81,27 @@ class SceneTurns:
 
     def __init__(self, seed: int, turns: int, encoder: ChatEncoder) -> None:
         self._seed, self._turns, self._encoder = seed, turns, encoder
+        self._pixels = encoder.pixels([render(make_scene(seed, "base", 0), seed)])
 
     def row(self, index: int) -> Row:
         from sicog_exp.data.mixture import Row
 
         scene = make_scene(self._seed, "base", index)
-        pixels = self._encoder.pixels([render(scene, self._seed)])
         turns = questions.base_turns(scene, rng_for(self._seed, "base", index, "turns"), self._turns)
-        messages = turns_conversation(turns, images=1)
-        return Row(self._encoder.example(messages, pixels, MAX_LENGTH), pixels, self.name)
+        return Row(self.example(turns), self._encoder.pixels([render(scene, self._seed)]), self.name)
+
+    def example(self, turns: Sequence[tuple[str, str]]) -> Example:
+        """The encoder's example of the whole conversation: the embedded template writes turns one behind another, so
+        that each is encoded once, not once per image."""
+        from sicog_exp.data.chat import Example
+
+        parts = [self._turn(*turn, int(i == 0)) for i, turn in enumerate(turns)]
+        return Example([x for part in parts for x in part.input_ids], [x for part in parts for x in part.labels])
+
+    @lru_cache(maxsize=100_000)  # noqa: B019 - lives as long as its training stage
+    def _turn(self, question: str, answer: str, images: int) -> Example:
+        messages = turns_conversation([(question, answer)], images)
+        return self._encoder.example(messages, self._pixels if images else None, MAX_LENGTH)
 
 
 class TextTurns:
@@ -181,7 +194,7 @@ def train_language(task: StageTask, inputs: Mapping[str, Artifact], workplace: W
     encoder = ChatEncoder(processor)
     scenes, text = SceneTurns(seed, task.turns, encoder), TextTurns(seed, encoder)
     mixture = Mixture([(scenes, 1 - task.text_share), (text, task.text_share)], seed)
-    batches = StepBatches(mixture, task.stage.batch_size, task.stage.micro_batch_size, processor.tokenizer.pad_token_id)
+    batches = StepBatches(mixture, task.stage, processor.tokenizer.pad_token_id)
     module = SupervisedFineTuning(model, task.stage)
     fit(module, StageData(batches, workers=1), task.model, workplace, seed)
     save_model(model, processor, workplace.directory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def iterate(recipe: Recipe, runner: Runner) -> Lineage:
             pretrained = pretrain(runner, recipe, self_data)
         else:
             pretrained = fine_tune(runner, recipe, "pretrain", recipe.pretrain, aligned, data, mixture_shares(recipe))
-        model = fine_tune(runner, recipe, "instruct", recipe.instruct, pretrained, data, instruction_shares(recipe))
+        model = fine_tune(runner, recipe, "instruct", closing(recipe), pretrained, data, instruction_shares(recipe))
         lineage.generations.append(Generation(index + 1, model, evaluate(runner, recipe, model, data)))
     return lineage
 
@@ -106,6 +106,12 @@ def fine_tune(runner: Runner, recipe: Recipe, name: str, stage: StageConfig, mod
         return model
     task = training_task(recipe, stage, shares, kinds)
     return runner.run(Step(name, stages.fine_tune, task, {"model": model, "data": data}, recipe.seed, stages.REVISION))
+
+
+def closing(recipe: Recipe) -> StageConfig:
+    """The instruct stage of generations after G0."""
+    steps = recipe.closing_steps
+    return recipe.instruct if steps is None else replace(recipe.instruct, steps=steps)
 
 
 def training_task(recipe: Recipe, stage: StageConfig, shares: Mapping[str, float],

@@ -139,6 +139,8 @@ class StageConfig:
     """Largest gradient norm."""
     max_length: int = 4096
     """Tokens of one sample, image tokens included. A longer text is cut at its end, never inside image tokens."""
+    packing: bool = False
+    """Put several samples in a row of at most `max_length` tokens; no sample attends to another."""
     checkpoint_every: int = 50
     """Steps between checkpoints from which a killed stage continues."""
 
@@ -304,6 +306,8 @@ class Recipe:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     replay: float = 0.3
     """Share of instruction-set replay beside the annotated rows in the instruct stage."""
+    closing_steps: int | None = None
+    """Steps of the instruct stage that closes every generation after G0; as many as G0's if nothing is said."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -311,6 +315,7 @@ class Recipe:
         _require(self.iterations >= 0, f"iterations={self.iterations}: must be 0 or more")
         _require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
         _share(self, "replay")
+        _require((self.closing_steps or 0) >= 0, f"closing_steps={self.closing_steps}: must be 0 or more")
         candidates = self.sampling.cod + self.sampling.dd + self.sampling.cot + self.sampling.direct
         _require(not self.self_data or candidates > 0, "sampling asks for no candidate of any kind: set sampling.cod, "
                  "sampling.dd, sampling.cot or sampling.direct above 0, or self_data=false")  # fmt: skip

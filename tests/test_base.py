@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from sicog_exp import base
-from sicog_exp.base import BaseRecipe, ShapeConfig, base_steps, corpus, publish
+from sicog_exp.base import BaseRecipe, SceneTurns, ShapeConfig, base_steps, corpus, publish
+from sicog_exp.data.chat import ChatEncoder
+from sicog_exp.data.questions import base_turns
+from sicog_exp.data.scenes import make_scene, rng_for
 from sicog_exp.models.loading import ModelSource, load_model, part_parameters
 from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.records import turns_conversation
@@ -69,6 +72,15 @@ def test_turns_become_one_conversation() -> None:
     messages = turns_conversation([("What?", "it"), ("Where?", "here")], images=1)
     assert [message.content for message in messages] == ["<image>\nWhat?", "it", "Where?", "here"]
     assert turns_conversation([("What?", "it")], images=0)[0].content == "What?"
+
+
+def test_turns_encoded_one_by_one_are_the_whole_conversation(steps: dict[str, Artifact]) -> None:
+    encoder = ChatEncoder(load_model(ModelSource(str(steps["initial"].path)))[1])
+    rows = SceneTurns(0, 4, encoder)
+    for index in range(5):
+        turns = base_turns(make_scene(0, "base", index), rng_for(0, "base", index, "turns"), 4)
+        row = rows.row(index)
+        assert row.example == encoder.example(turns_conversation(turns, images=1), row.image_inputs, 512)
 
 
 def test_the_corpus_is_a_function_of_its_seed() -> None:

@@ -31,7 +31,7 @@ def turns(split: str, count: int) -> Iterator[Turn]:
         yield scene, conversation(prompt("direct", simple), answer, ("image",)), "direct"
 
 
-def build(folder: Path, width: int = 32, layers: int = 2, steps: int = 60, scenes: int = 24, patch_size: int = 18,
+def build(folder: Path, width: int = 32, layers: int = 2, steps: int = 60, scenes: int = 24, patch_size: int = 24,
           rate: float = 8e-3) -> Path:  # fmt: skip
     """Save model and processor in `folder`; the same arguments give the same weights."""
     from PIL import Image

@@ -159,23 +159,58 @@ class Mixture:
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:
-    """A right-padded batch: input_ids, attention_mask, labels (rows, longest) and the rows' image tensors in order."""
+    """A right-padded batch of one row a sample; see `pack` for its tensors, with an attention_mask (rows, longest)."""
+    batch = pack([[row] for row in rows], pad_id)
+    batch["attention_mask"] = (batch["segments"] >= 0).long()
+    del batch["position_ids"]
+    return batch
+
+
+def pack(bins: Sequence[Sequence[Row]], pad_id: int) -> dict[str, Any]:
+    """A batch with one bin of samples a row, right-padded.
+
+    input_ids, labels, position_ids and segments (bins, longest) and the samples' image tensors in reading order.
+    `segments` numbers the samples over the whole batch, -1 is padding. Positions start at 0 with every sample, which is
+    how transformers' attention masks keep packed samples apart.
+    """
     import torch
 
     from sicog_exp.data.chat import IGNORED
 
-    longest = max(len(row.example) for row in rows)
+    shape = len(bins), max(sum(len(row.example) for row in rows) for rows in bins)
     batch: dict[str, Any] = {
-        "input_ids": torch.full((len(rows), longest), pad_id),
-        "labels": torch.full((len(rows), longest), IGNORED),
-        "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
-    }
-    for i, row in enumerate(rows):
+        "input_ids": torch.full(shape, pad_id), "labels": torch.full(shape, IGNORED),
+        "position_ids": torch.zeros(shape, dtype=torch.long), "segments": torch.full(shape, -1),
+    }  # fmt: skip
+    samples = [(i, row) for i, rows in enumerate(bins) for row in rows]
+    filled = [0] * len(bins)
+    for segment, (i, row) in enumerate(samples):
         n = len(row.example)
-        batch["input_ids"][i, :n] = torch.tensor(row.example.input_ids)
-        batch["labels"][i, :n] = torch.tensor(row.example.labels)
-        batch["attention_mask"][i, :n] = 1
-    pictured = [row.image_inputs for row in rows if row.image_inputs is not None]
+        place = slice(filled[i], filled[i] + n)
+        batch["input_ids"][i, place] = torch.tensor(row.example.input_ids)
+        batch["labels"][i, place] = torch.tensor(row.example.labels)
+        # A sample's first token follows nothing of its own.
+        batch["labels"][i, filled[i]] = IGNORED
+        batch["position_ids"][i, place] = torch.arange(n)
+        batch["segments"][i, place] = segment
+        filled[i] += n
+    batch["sources"] = [row.source for _, row in samples]
+    pictured = [row.image_inputs for _, row in samples if row.image_inputs is not None]
     for name in pictured[0] if pictured else ():
         batch[name] = torch.cat([inputs[name] for inputs in pictured])
     return batch
+
+
+def fill_bins(rows: Sequence[Row], length: int) -> list[list[Row]]:
+    """Rows in bins of at most `length` tokens each, by first-fit decreasing."""
+    bins: list[list[Row]] = []
+    left: list[int] = []
+    for row in sorted(rows, key=lambda row: -len(row.example)):
+        n = len(row.example)
+        place = next((i for i, free in enumerate(left) if free >= n), len(bins))
+        if place == len(bins):
+            bins.append([])
+            left.append(length)
+        bins[place].append(row)
+        left[place] -= n
+    return bins

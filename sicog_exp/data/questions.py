@@ -178,12 +178,13 @@ def _majority(scene: Scene) -> Question | None:
 
 
 def base_turns(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    """(question, answer) turns about one image, of the simple kinds that base training asks."""
+    """(question, answer) turns about one image, of the simple kinds that base training asks, none asked twice."""
     makers = [_short_caption, _is_there, _what_at, _color_of, _place_of]
-    turns = [_short_caption(scene, rng)] if rng.random() < 0.5 else []
+    turns = dict([_short_caption(scene, rng)] if rng.random() < 0.3 else [])
     while len(turns) < count:
-        turns.append(makers[rng.choice(5, p=[0.12, 0.13, 0.3, 0.2, 0.25])](scene, rng))
-    return turns
+        question, answer = makers[rng.choice(5, p=[0.1, 0.15, 0.2, 0.22, 0.33])](scene, rng)
+        turns.setdefault(question, answer)
+    return list(turns.items())
 
 
 def _short_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -207,7 +208,7 @@ def _is_there(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 def _what_at(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     place = _pick(rng, scene.things).place if rng.random() < 0.8 else _pick(rng, PLACES)
     found = [f"{thing.color} {thing.name}" for thing in scene.things if thing.place == place]
-    return f"What is at the {place}?", found[0] if found else "nothing"
+    return f"What is at the {place}?", found[0] if found else "none"
 
 
 def _color_of(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:

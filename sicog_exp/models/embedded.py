@@ -12,33 +12,42 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<image>")
 WORDS = r" ?[\w-]+| ?[^\w\s]|\s"
 
 
 def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over `corpus`: any text is representable, step headers are one token each."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE over `corpus`: any text is representable, step headers are one token each.
+
+    A word is the same token at the start of a line as behind a space (a space is put before it, and taken away again by
+    the decoder): a small model cannot afford to learn every word twice.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([
+        normalizers.Replace(Regex(r"\n(?=\w)"), "\n "), normalizers.Prepend(" "),
+        normalizers.Replace(Regex(r"\A (?=\W|\z)"), "")])  # fmt: skip
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    backend.decoder = decoders.ByteLevel()
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("\n ", "\n"), decoders.Strip(" ", 1, 0)])  # fmt: skip
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=list(SPECIAL_TOKENS),
                                   show_progress=False)  # fmt: skip
     backend.train_from_iterator(corpus, trainer)
     backend.add_tokens([AddedToken(header, normalized=False) for header in COD_STEPS + COT_STEPS])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        tokenizer_object=backend, bos_token=None, eos_token="<|end|>", pad_token="<|endoftext|>",
         clean_up_tokenization_spaces=False, padding_side="left", extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
     tokenizer.chat_template = CHAT_TEMPLATE

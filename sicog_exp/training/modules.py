@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 10
 """Optimizer steps between logged metrics."""
+NOT_THE_MODELS = ("labels", "segments", "sources")
+"""What a micro-batch holds besides the model's inputs."""
 
 
 def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
@@ -35,6 +40,9 @@ def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
 
 class Stage(LightningModule):
     """What all stages share: part-wise learning rates, the schedule, clipping and the manual optimizer step."""
+
+    threads: ThreadPoolExecutor | None = None
+    """Computes micro-batches side by side, where one processor core each is faster than all cores on each."""
 
     def __init__(self, config: StageConfig) -> None:
         super().__init__()
@@ -56,6 +64,16 @@ class Stage(LightningModule):
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
         terms = self._all_terms(sum(self.terms(micro) for micro in batch))
+        loss = self._side_by_side(batch, terms) if self.threads else self._one_by_one(batch, terms)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained_parameters, self.config.clip_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {self.global_step}: loss {float(loss)}, gradient norm {float(norm)}; lower "
+                                     "the learning rate; the last checkpoint is untouched")  # fmt: skip
+        self.log_dict({"loss": loss, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]})
+        optimizer.step()
+        scheduler.step()
+
+    def _one_by_one(self, batch: Sequence[Mapping[str, Any]], terms: int) -> Tensor:
         loss = torch.zeros((), device=self.device)
         for micro in batch:
             summed, _ = self.batch_loss(micro)
@@ -64,13 +82,26 @@ class Stage(LightningModule):
             if summed.requires_grad:
                 self.manual_backward(summed * self.trainer.world_size / terms)
             loss += summed.detach() / terms
-        norm = torch.nn.utils.clip_grad_norm_(self.trained_parameters, self.config.clip_norm)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {self.global_step}: loss {float(loss)}, gradient norm {float(norm)}; lower "
-                                     "the learning rate; the last checkpoint is untouched")  # fmt: skip
-        self.log_dict({"loss": loss, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]})
-        optimizer.step()
-        scheduler.step()
+        return loss
+
+    def _side_by_side(self, batch: Sequence[Mapping[str, Any]], terms: int) -> Tensor:
+        """Gradients are summed in the micro-batches' order, so that their bits do not depend on the threads' pace."""
+        assert self.threads
+        parameters = self.trained_parameters
+        loss = torch.zeros(())
+        for part, gradients in self.threads.map(partial(self._gradients, parameters, terms), batch):
+            loss += part
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return loss
+
+    def _gradients(self, parameters: Sequence[Tensor], terms: int,
+                   micro_batch: Mapping[str, Any]) -> tuple[Tensor, Sequence[Tensor | None]]:  # fmt: skip
+        loss = self.batch_loss(micro_batch)[0] / terms
+        if not loss.requires_grad:
+            return loss, [None] * len(parameters)
+        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def terms(self, micro_batch: Mapping[str, Any]) -> int:
         """Response tokens of a micro-batch: positions with a label, the first one never being predicted."""
@@ -99,6 +130,9 @@ class SupervisedFineTuning(Stage):
 
     def __init__(self, model: PreTrainedModel, config: StageConfig) -> None:
         super().__init__(config)
+        if config.packing and "mrope_section" in str(model.config):
+            raise ValueError(f"packing=true: {model.config.model_type} numbers positions by place in the image "
+                             "(M-RoPE), which packed rows would break; set packing=false for this model")  # fmt: skip
         self.model = model
         self.rates = {"vision": config.vision_lr, "projector": config.projector_lr, "language": config.language_lr}
         for part, parameters in part_parameters(model).items():
@@ -112,19 +146,20 @@ class SupervisedFineTuning(Stage):
     def work(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         image_id = self.model.config.image_token_id
         return {
-            "samples": sum(len(micro["input_ids"]) for micro in batch),
-            "tokens": sum(int(micro["attention_mask"].sum()) for micro in batch),
+            "samples": sum(len(micro["sources"]) for micro in batch),
+            "tokens": sum(int((micro["segments"] >= 0).sum()) for micro in batch),
             "image_tokens": sum(int((micro["input_ids"] == image_id).sum()) for micro in batch),
         }
 
     def token_losses(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """(losses of response tokens (tokens,), row of each (tokens,)); the head sees response positions alone."""
-        inputs = {name: value for name, value in micro_batch.items() if name not in ("labels", "sources")}
+        """(losses of response tokens (tokens,), sample of each (tokens,)); the head sees response positions alone."""
+        inputs = {name: value for name, value in micro_batch.items() if name not in NOT_THE_MODELS}
         hidden_BLD = self.model.model(**inputs, use_cache=False).last_hidden_state
         targets_BL = micro_batch["labels"][:, 1:]
         rows, columns = torch.nonzero(targets_BL != IGNORED, as_tuple=True)
         logits = self.model.get_output_embeddings()(hidden_BLD[rows, columns])
-        return F.cross_entropy(logits.float(), targets_BL[rows, columns], reduction="none"), rows
+        samples = micro_batch["segments"][:, 1:][rows, columns]
+        return F.cross_entropy(logits.float(), targets_BL[rows, columns], reduction="none"), samples
 
     def batch_loss(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, int]:
         losses, _ = self.token_losses(micro_batch)
@@ -137,14 +172,16 @@ class MultimodalPretraining(SupervisedFineTuning):
 
     def on_train_start(self) -> None:
         self._sums: dict[str, list[float]] = {}
+        self._adding = Lock()
 
     def batch_loss(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, int]:
-        losses, rows = self.token_losses(micro_batch)
-        for row, source in enumerate(micro_batch["sources"]):
-            own = losses.detach()[rows == row]
-            sums = self._sums.setdefault(source, [0.0, 0.0])
-            sums[0] += float(own.sum())
-            sums[1] += own.numel()
+        losses, samples = self.token_losses(micro_batch)
+        for sample, source in enumerate(micro_batch["sources"]):
+            own = losses.detach()[samples == sample]
+            with self._adding:
+                sums = self._sums.setdefault(source, [0.0, 0.0])
+                sums[0] += float(own.sum())
+                sums[1] += own.numel()
         return losses.sum(), losses.numel()
 
     def on_train_batch_end(self, *args: Any) -> None:

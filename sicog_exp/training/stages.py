@@ -74,9 +74,7 @@ class MixtureData(StageData):
 
     def setup(self, stage: str) -> None:
         mixture = build_mixture(self.task, self.inputs, ChatEncoder(self.processor))
-        config = self.task.stage
-        pad = self.processor.tokenizer.pad_token_id
-        self.batches = StepBatches(mixture, config.batch_size, config.micro_batch_size, pad)
+        self.batches = StepBatches(mixture, self.task.stage, self.processor.tokenizer.pad_token_id)
 
 
 def fine_tune(task: TrainingTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:

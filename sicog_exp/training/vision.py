@@ -13,26 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
-from sicog_exp.data.scenes import COLORS, NAMES, PLACES, make_scene, render
+from sicog_exp.data.scenes import CELL, COLORS, NAMES, PLACES, make_scene, render
 from sicog_exp.recipe import StageConfig
 from sicog_exp.training.modules import Stage
 
 
 class CellProbe(nn.Module):
-    """One learned query per cell of the scene attends to the patches; thrown away after pre-training."""
+    """Names what each patch shows; thrown away after pre-training. The world's cells are the tower's patches."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(len(PLACES), width) * 0.02)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.name = nn.Linear(width, len(NAMES) + 1)
         self.color = nn.Linear(width, len(COLORS) + 1)
 
     def forward(self, patches_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits over names (batch, cells, names + 1) and colours (batch, cells, colours + 1); class 0 is empty."""
-        queries = self.queries.expand(len(patches_BPD), -1, -1)
-        cells_BCD, _ = self.attention(queries, patches_BPD, patches_BPD, need_weights=False)
-        return self.name(cells_BCD), self.color(cells_BCD)
+        """Logits over names (batch, patches, names + 1) and colours (batch, patches, colours + 1); 0 is empty."""
+        return self.name(patches_BPD), self.color(patches_BPD)
 
 
 class VisionPretraining(Stage):
@@ -42,7 +38,9 @@ class VisionPretraining(Stage):
         super().__init__(config)
         self.tower = tower
         shape: Any = tower.config
-        self.probe = CellProbe(shape.hidden_size, shape.num_attention_heads)
+        if (shape.image_size // shape.patch_size) ** 2 != len(PLACES):
+            raise ValueError(f"vision pre-training needs one patch per cell of the scene: shape.patch_size={CELL}")
+        self.probe = CellProbe(shape.hidden_size)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         used = [p for name, p in self.tower.named_parameters() if "post_layernorm" not in name]

@@ -63,7 +63,7 @@ class TestEngine:
             assert candidate.finish_reason == "stop" or candidate.tokens == WARM.max_new_tokens
             assert candidate.logprob < 0
             assert candidate.text == candidate.text.strip()
-            assert "<|im_end|>" not in candidate.text
+            assert "<|end|>" not in candidate.text
 
     def test_same_seed_same_text(self, engine, ragged):
         assert run(engine, ragged) == run(engine, ragged)

@@ -71,7 +71,7 @@ print(repr(processor.apply_chat_template(talk, add_generation_prompt=True)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     name, prompt = done.stdout.splitlines()
     assert name == "LlavaForConditionalGeneration"
-    assert "<|im_start|>user\\n<image>\\nIs there a dog?<|im_end|>" in prompt
+    assert "<|user|><image>Is there a dog?<|assistant|>" in prompt
 
 
 def test_weights_are_safetensors_and_nothing_is_a_pickle(saved: Path) -> None:

@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sicog_exp.data.chat import IGNORED, ChatEncoder, Example
-from sicog_exp.data.mixture import PATTERN, ImageTensors, Mixture, MixtureError, RecordSource, Row, collate
+from sicog_exp.data.mixture import (
+    PATTERN,
+    ImageTensors,
+    Mixture,
+    MixtureError,
+    RecordSource,
+    Row,
+    collate,
+    fill_bins,
+    pack,
+)
 from sicog_exp.models.loading import ModelSource, load_model
 from sicog_exp.prompts import prompt
 from sicog_exp.records import Message, Record, conversation, user
@@ -131,6 +141,30 @@ def test_collate_pads_on_the_right_and_keeps_images_in_order() -> None:
     assert "pixel_values" not in collate([row([5])], 0)
 
 
+def test_pack_fills_rows_and_numbers_samples_and_positions() -> None:
+    batch = pack([[row([5, 6, 7], 1), row([8, 9])], [row([3], 2)]], pad_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [3, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 0]]
+    assert batch["segments"].tolist() == [[0, 0, 0, 1, 1], [2, -1, -1, -1, -1]]
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [5, 3, 3]
+
+
+def test_the_first_token_of_a_packed_sample_is_not_predicted_from_the_one_before() -> None:
+    first_too = Row(Example([8, 9], [8, 9]), None, "s")
+    assert pack([[row([5, 6]), first_too]], 0)["labels"].tolist() == [[IGNORED, 6, IGNORED, 9]]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120))
+def test_bins_hold_every_sample_once_and_never_overflow(lengths: list[int], capacity: int) -> None:
+    rows = [row([i] * n) for i, n in enumerate(lengths)]
+    bins = fill_bins(rows, capacity)
+    assert sorted(id(r) for rows in bins for r in rows) == sorted(map(id, rows))
+    sizes = [sum(len(r.example) for r in rows) for rows in bins]
+    assert max(sizes) <= capacity
+    # First fit leaves at most one bin half empty.
+    assert sum(size <= capacity / 2 for size in sizes) <= 1
+
+
 def test_a_pad_token_in_the_text_is_not_padding() -> None:
     batch = collate([row([0, 0, 4]), row([1])], pad_id=0)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -158,7 +192,7 @@ def test_records_become_rows(chat: ChatEncoder, world_images: list[Path]) -> Non
     batch = collate(rows, chat.tokenizer.pad_token_id)
     assert batch["pixel_values"].shape[0] == 3
     image = chat.tokenizer.convert_tokens_to_ids(chat.image_token)
-    assert int((batch["input_ids"] == image).sum()) == 48
+    assert int((batch["input_ids"] == image).sum()) == 27
     assert rows[1].image_inputs is None
 
 

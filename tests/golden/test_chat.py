@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def encoder(template: str | None = None, end: str | None = None, start: str | No
     from tokenizers import processors
 
     tokenizer = build_tokenizer(CORPUS, 400)
-    extra = [token for token in (end, start, "<|vision_start|>", "<|vision_end|>") if token]
+    extra = [token for token in (end, start, "<|im_start|>", "<|vision_start|>", "<|vision_end|>") if token]
     tokenizer.add_special_tokens({"additional_special_tokens": extra})
     if end:
         tokenizer.eos_token = end
@@ -86,7 +87,7 @@ def encoder(template: str | None = None, end: str | None = None, start: str | No
         number = tokenizer.convert_tokens_to_ids(start)
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{start} $A", special_tokens=[(start, number)])  # fmt: skip
-    processor = build_processor(tokenizer, 18, [0.5] * 3, [0.25] * 3)
+    processor = build_processor(tokenizer, 24, [0.5] * 3, [0.25] * 3)
     if template:
         processor.chat_template = template
     return ChatEncoder(processor)
@@ -144,9 +145,7 @@ def test_the_embedded_masks_are_the_committed_ones() -> None:
 
 ALL = {"embedded": (None, None, None), "llava": (LLAVA_TEMPLATE, "</s>", None),
        "llava with a start": (LLAVA_TEMPLATE, "</s>", "<s>"), "hub llava": (HUB_LLAVA_TEMPLATE, "</s>", "<s>"),
-       "qwen": (QWEN_TEMPLATE, None, None)}  # fmt: skip
-SPACE = {"embedded": "", "qwen": ""}
-"""What stands between the template's last word and the response."""
+       "qwen": (QWEN_TEMPLATE, "<|im_end|>", None)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(ALL))
@@ -156,7 +155,7 @@ def test_loss_falls_on_every_response_and_its_end_alone(name: str, talk: str) ->
     example = encode(chat, messages)
     answers = [message.content for message in messages if message.role == "assistant"]
     end = chat.tokenizer.eos_token
-    assert trained_text(chat, example) == [f"{SPACE.get(name, ' ')}{answer}{end}" for answer in answers]
+    assert trained_text(chat, example) == [f"{answer}{end}" for answer in answers]
 
 
 @pytest.mark.parametrize("name", list(ALL))
@@ -180,7 +179,9 @@ def test_tokens_spell_what_the_template_renders(name: str, talk: str) -> None:
     from sicog_exp.data.chat import to_chat
 
     rendered = chat.processor.apply_chat_template(to_chat(messages), tokenize=False)
-    text = chat.tokenizer.decode(encode(chat, messages).input_ids).replace("<image>" * 16, "<image>")
+    text = chat.tokenizer.decode(encode(chat, messages).input_ids).replace("<image>" * 9, "<image>")
+    # The embedded tokenizer puts a space before every word (see build_tokenizer), which shows behind special tokens.
+    text = re.sub(r"> (?=\w)", ">", text)
     assert rendered.rstrip().startswith(text.removeprefix("<s>"))
     assert text.endswith(chat.tokenizer.eos_token)
 
@@ -200,7 +201,7 @@ def test_image_tokens_are_as_many_as_the_model_fills() -> None:
     for messages in CONVERSATIONS.values():
         image = chat.tokenizer.convert_tokens_to_ids(chat.image_token)
         images = sum(message.content.count("<image>") for message in messages)
-        assert encode(chat, messages).input_ids.count(image) == 16 * images
+        assert encode(chat, messages).input_ids.count(image) == 9 * images
 
 
 def test_arrays_and_pictures_give_the_same_pixels() -> None:
@@ -216,7 +217,7 @@ def test_arrays_and_pictures_give_the_same_pixels() -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error() -> None:
-    chat, messages = encoder(REWRITING_TEMPLATE), CONVERSATIONS["multi turn with an image"]
+    chat, messages = encoder(REWRITING_TEMPLATE, "<|im_end|>"), CONVERSATIONS["multi turn with an image"]
     with pytest.raises(ChatError, match="rewrites earlier turns"):
         encode(chat, messages)
     with pytest.raises(ChatError, match="rewrites earlier turns"):
@@ -261,8 +262,8 @@ def test_any_words_are_masked_right(first: str, second: str, asked: str, name: s
     chat = encoder(*ALL[name])
     messages = (user(asked, 1), Message("assistant", first), user(asked), Message("assistant", second))
     example = encode(chat, messages)
-    space, end = SPACE.get(name, " "), chat.tokenizer.eos_token
-    assert trained_text(chat, example) == [f"{space}{first}{end}", f"{space}{second}{end}"]
+    end = chat.tokenizer.eos_token
+    assert trained_text(chat, example) == [f"{first}{end}", f"{second}{end}"]
     for i in (1, 3):
         ids = chat.prompt(messages[:i], inputs_of(messages, chat))
         assert example.input_ids[: len(ids)] == ids

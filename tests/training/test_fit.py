@@ -177,4 +177,4 @@ def test_a_stage_through_the_store_is_trained_once(tiny_model: Path, folder: Pat
     first, second = store.run(step), store.run(step)
     assert (first.cached, second.cached) == (False, True)
     assert first.facts["flops"] > 0
-    assert first.facts["image_tokens"] == 4 * 16
+    assert first.facts["image_tokens"] == 4 * 9
