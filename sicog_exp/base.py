@@ -209,14 +209,15 @@ def base_steps(recipe: BaseRecipe, store: Store, until: str = "instruct") -> dic
     seed = recipe.seed
     done = {"initial": store.run(Step("base-initial", _seeded(initialise, seed), recipe.shape, seed=seed))}
 
+    one_thread = replace(recipe.model, threads=1)
+
     def run(name: str, function, task: StageTask, **inputs: Artifact) -> None:
         done[name] = store.run(Step(f"base-{name}", _seeded(function, seed), task, inputs, seed))
 
-    one_thread = replace(recipe.model, threads=1)
     if until != "language":
         run("vision", pretrain_vision, StageTask(recipe.vision, one_thread), model=done["initial"])
     if until != "vision":
-        run("language", train_language, StageTask(recipe.language, one_thread, 1.0), model=done["initial"])
+        run("language", train_language, StageTask(recipe.language, recipe.model, 1.0), model=done["initial"])
     if until in ("align", "instruct"):
         run("align", train_language, StageTask(recipe.align, recipe.model, 0.0, recipe.turns),
             model=done["language"], vision=done["vision"])  # fmt: skip

@@ -164,15 +164,12 @@ def evaluate(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) ->
 
 
 def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    import torch
-
     from sicog_exp.evaluation import benchmarks
     from sicog_exp.generation.transformers_engine import TransformersEngine
 
-    torch.set_num_threads(task.model.threads)
     model = task.model
     engine = TransformersEngine.from_path(inputs["model"].path, model.generation_dtype, model.torch_device,
-                                          model.trust_remote_code)  # fmt: skip
+                                          model.trust_remote_code, threads=model.threads)  # fmt: skip
     suite = benchmarks.load_suite(task.evaluation.suite)
     scores = benchmarks.evaluate(engine, suite, inputs["data"].path, task.evaluation, workplace.directory,
                                  task.evaluation.split)  # fmt: skip

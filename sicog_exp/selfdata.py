@@ -52,15 +52,13 @@ def requests_for(task: PoolTask, unlabeled: Sequence[Record], root: Path) -> lis
 
 def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Sample candidates for the unlabeled items of one group into `candidates.jsonl`."""
-    import torch
-
     from sicog_exp.generation.pool import generate_pool
     from sicog_exp.generation.transformers_engine import TransformersEngine
     from sicog_exp.models.loading import work_of
 
-    torch.set_num_threads(task.model.threads)
     engine = TransformersEngine.from_path(inputs["generator"].path, task.model.generation_dtype,
-                                          task.model.torch_device, task.model.trust_remote_code)  # fmt: skip
+                                          task.model.torch_device, task.model.trust_remote_code,
+                                          threads=task.model.threads)  # fmt: skip
     requests = requests_for(task, read_records(inputs["data"] / "unlabeled.parquet"), inputs["data"].path)
     sampling = task.sampling
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)

@@ -22,7 +22,7 @@ from lmms_eval.utils import simple_parse_args_string
 from sicog_exp.generation.engine import Decoding, Engine, Request
 from sicog_exp.models.loading import resolve_base
 from sicog_exp.prompts import KINDS, Kind
-from sicog_exp.recipe import EvaluationConfig
+from sicog_exp.recipe import EvaluationConfig, ModelConfig
 from sicog_exp.records import IMAGE_PLACEHOLDER, Message, user
 
 if TYPE_CHECKING:
@@ -150,14 +150,13 @@ def _load_engine(values: Mapping[str, Any]) -> Engine:
 
     from sicog_exp.generation.transformers_engine import TransformersEngine
 
-    if "threads" in values:
-        torch.set_num_threads(int(values["threads"]))
     device = str(values.get("device", "auto"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     path = resolve_base(str(values["pretrained"]))
     trust = values.get("trust_remote_code", False) is True
-    return TransformersEngine.from_path(path, str(values.get("dtype", "float32")), device, trust_remote_code=trust)
+    return TransformersEngine.from_path(path, str(values.get("dtype", "float32")), device, trust_remote_code=trust,
+                                        threads=int(values.get("threads", ModelConfig().threads)))  # fmt: skip
 
 
 def _id(instance: Instance) -> str:

@@ -41,6 +41,15 @@ class Decoding:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """A finished batch: its candidates, the prompt tokens computed for it, the seconds its caller waited for it."""
+
+    candidates: list[Candidate]
+    prompt_tokens: int
+    seconds: float
+
+
 def candidate_seed(seed: int, sample_id: str, kind: str, index: int) -> int:
     """63-bit seed of one candidate: a function of the run's seed and the candidate's key, of nothing else."""
     digest = hashlib.sha256(f"{seed}\0{sample_id}\0{kind}\0{index}".encode()).digest()

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sicog_exp.generation.engine import Decoding, Engine, Request
+from sicog_exp.generation.engine import Decoding, Engine, Request, Sampled
 from sicog_exp.generation.requests import Key, check_requests, keys_of
 from sicog_exp.records import Candidate, RecordError, candidate_from, candidate_row
 
@@ -31,11 +30,12 @@ class PoolError(RuntimeError):
 class PoolEngine(Engine, Protocol):
     """What a pool needs of an engine beyond sampling."""
 
-    prefilled_tokens: int
-    """Prompt tokens computed so far."""
-
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
-        """The batches of `sample`; planning one of them alone gives it back."""
+        """The batches of `sample`."""
+        ...
+
+    def sample_batches(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
+        """Any batches of a plan, finished in their order."""
         ...
 
 
@@ -60,13 +60,16 @@ def generate_pool(engine: PoolEngine, requests: Sequence[Request], decoding: Dec
     if not requests:
         raise PoolError("nothing to sample: no request was given; check the unlabeled data and the candidate counts")
     scratch.mkdir(parents=True, exist_ok=True)
+    batches = engine.plan(requests, decoding)
+    paths = [scratch / f"batch-{number:05d}.jsonl" for number in range(len(batches))]
+    found = [_read_shard(path, _digest(batch, decoding)) for path, batch in zip(paths, batches, strict=True)]
+    missing = [batch for batch, shard in zip(batches, found, strict=True) if not shard]
+    sampled = engine.sample_batches(missing, decoding)
     shards: list[_Shard] = []
     total, done = sum(request.count for request in requests), 0
-    for number, batch in enumerate(engine.plan(requests, decoding)):
-        path = scratch / f"batch-{number:05d}.jsonl"
-        shard = _read_shard(path, _digest(batch, decoding)) or _sample_shard(engine, batch, decoding, path)
-        shards.append(shard)
-        done += len(shard.candidates)
+    for path, batch, shard in zip(paths, batches, found, strict=True):
+        shards.append(shard or _write_shard(path, batch, decoding, next(sampled)))
+        done += len(shards[-1].candidates)
         if progress:
             progress(done, total)
     merge(requests, (candidate for shard in shards for candidate in shard.candidates), out)
@@ -106,13 +109,11 @@ def _ordered(requests: Sequence[Request]) -> list[Key]:
     return sorted(keys, key=lambda key: (place[key[0]], key[1], key[2]))
 
 
-def _sample_shard(engine: PoolEngine, batch: Sequence[Request], decoding: Decoding, path: Path) -> _Shard:
-    start, before = time.perf_counter(), engine.prefilled_tokens
-    candidates = [candidate for part in engine.sample(batch, decoding) for candidate in part]
+def _write_shard(path: Path, batch: Sequence[Request], decoding: Decoding, sampled: Sampled) -> _Shard:
+    candidates = sampled.candidates
     _check_complete([key for request in batch for key in keys_of(request)], Counter(c.key for c in candidates))
-    seconds = time.perf_counter() - start
-    shard = _Shard(_digest(batch, decoding), engine.prefilled_tokens - before, seconds, candidates)
-    header = {"asked": shard.asked, "prompt_tokens": shard.prompt_tokens, "seconds": seconds}
+    shard = _Shard(_digest(batch, decoding), sampled.prompt_tokens, sampled.seconds, candidates)
+    header = {"asked": shard.asked, "prompt_tokens": shard.prompt_tokens, "seconds": shard.seconds}
     lines = [_line(candidate_row(candidate)) for candidate in candidates]
     _write_atomic(path, [_line({**header, "content": _checksum(lines)}), *lines])
     return shard

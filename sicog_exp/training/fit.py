@@ -41,7 +41,8 @@ class StepBatches(IterableDataset):
     def micro_batches(self, rows: list[Row]) -> list[dict[str, Any]]:
         stage, micro = self._stage, self._stage.micro_batch_size
         if not stage.packing:
-            rows = sorted(rows, key=lambda row: len(row.example))
+            # The longest first, so that micro-batches side by side end together.
+            rows = sorted(rows, key=lambda row: -len(row.example))
         groups = [rows[i : i + micro] for i in range(0, len(rows), micro)]
         if stage.packing:
             return [pack(fill_bins(group, stage.max_length), self._pad_id) for group in groups]

@@ -119,7 +119,7 @@ class Stage(LightningModule):
     def configure_optimizers(self) -> Any:
         config = self.config
         groups = self.parameter_groups()
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, betas=(0.9, 0.98), foreach=True)
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, config.steps, config.warmup_ratio))  # fmt: skip
         return [optimizer], [scheduler]

@@ -18,7 +18,7 @@ from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, StepBatches, fit
 from sicog_exp.training.modules import MultimodalPretraining, SupervisedFineTuning
 
-REVISION = 1
+REVISION = 2
 SELF_SOURCES = ("self_caption", "self_reasoning")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sicog_exp.generation.engine import Decoding, Request, candidate_seed
+from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
 from sicog_exp.generation.pool import PoolError, generate_pool, merge
 from sicog_exp.generation.requests import EngineError, cut, keys_of
 from sicog_exp.prompts import prompt
@@ -40,7 +40,6 @@ class Fake:
     """An engine without a model; notes the batches that it was asked to sample."""
 
     def __init__(self) -> None:
-        self.prefilled_tokens = 0
         self.sampled: list[list[Request]] = []
         self.drop: set[str] = set()
 
@@ -48,10 +47,14 @@ class Fake:
         return cut(requests, [len(r.messages[0].content) for r in requests], decoding.batch_size)
 
     def sample(self, requests, decoding):
-        for batch in self.plan(requests, decoding):
+        return (batch.candidates for batch in self.sample_batches(self.plan(requests, decoding), decoding))
+
+    def sample_batches(self, batches, decoding):
+        for batch in batches:
             self.sampled.append(batch)
-            self.prefilled_tokens += sum(len(r.messages[0].content) for r in batch)
-            yield [self._candidate(key, decoding) for r in batch if r.sample_id not in self.drop for key in keys_of(r)]
+            kept = [request for request in batch if request.sample_id not in self.drop]
+            candidates = [self._candidate(key, decoding) for request in kept for key in keys_of(request)]
+            yield Sampled(candidates, sum(len(r.messages[0].content) for r in batch), 0.25)
 
     def log_likelihood(self, requests, continuations):
         raise NotImplementedError
@@ -71,7 +74,8 @@ def test_file_and_facts(tmp_path):
     assert facts["samples"] == 11
     assert facts["candidates"] == len(rows) == total
     assert facts["new_tokens"] == 3 * total
-    assert facts["prompt_tokens"] == engine.prefilled_tokens
+    assert facts["prompt_tokens"] == sum(len(r.messages[0].content) for r in REQUESTS)
+    assert facts["seconds"] == 0.25 * len(engine.sampled)
     assert calls[-1] == (total, total)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert not list((tmp_path / "s").glob(".*"))
