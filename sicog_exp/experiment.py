@@ -144,8 +144,8 @@ def expected_work(recipe: Recipe) -> dict[str, float]:
     evaluation = 2 * data.benchmark_images * data.questions_per_image * QUESTION_WORK
     work = {"G0 data": 0.0, "G0 base": 0.0, "G0 instruct": stage(recipe.instruct), "G0 evaluate": evaluation}
     for g in range(1, recipe.iterations + 1):
-        steps = {"align": stage(recipe.align), "pretrain": stage(recipe.pretrain), "instruct": stage(recipe.instruct),
-                 "evaluate": evaluation}  # fmt: skip
+        steps = {"align": stage(recipe.align), "pretrain": stage(recipe.pretrain),
+                 "instruct": stage(loop.closing(recipe)), "evaluate": evaluation}  # fmt: skip
         if recipe.self_data:
             names = ("develop",) if recipe.generators == "mixed" else ("develop-perception", "develop-reasoning")
             steps |= {name: stage(recipe.develop) for name in names}

@@ -18,7 +18,7 @@ from sicog_exp.training.stages import MixtureData, TrainingTask
 
 GROUPS: dict[Group, tuple[Kind, Kind]] = {"caption": ("cod", "dd"), "reasoning": ("cot", "direct")}
 POOL_REVISION = 1
-CURATION_REVISION = 1
+CURATION_REVISION = 2
 
 
 @dataclass(frozen=True)

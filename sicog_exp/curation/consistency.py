@@ -60,6 +60,13 @@ def choose(scores: Sequence[float], kinds: Sequence[str], evidence: Sequence[str
     return max(tied, key=lambda i: (support[i], -i))
 
 
+def choose_randomly(kinds: Sequence[str], sample_id: str) -> int:
+    """The index of a candidate drawn by the sample id, of a structured kind where there is one, as in `choose`: a
+    control must differ in the choice alone, not in the kinds that it trains on."""
+    structured = [i for i, kind in enumerate(kinds) if kind in STEPS] or list(range(len(kinds)))
+    return structured[seeded_index("chosen", sample_id, len(structured))]
+
+
 def evidence_agreement(evidence: Sequence[str]) -> list[float]:
     """Each evidence text's mean lexical similarity to the others', in [0, 1]; 0.0 for an empty one.
 

@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sicog_exp.curation import CurationError
-from sicog_exp.curation.consistency import agreement_scores, choose, lower_half, mean_similarity_scores, seeded_index
+from sicog_exp.curation.consistency import (
+    agreement_scores,
+    choose,
+    choose_randomly,
+    lower_half,
+    mean_similarity_scores,
+    seeded_index,
+)
 from sicog_exp.curation.filters import DuplicateFilter, Parsed, parse
 from sicog_exp.curation.similarity import Encoder, batched, build_encoder
 from sicog_exp.prompts import CAPTION_KINDS, REASONING_KINDS, Kind
@@ -161,11 +168,10 @@ def _decide(entry: _Examined, scores: list[float], config: CurationConfig) -> De
     if not entry.valid:
         reason = NO_VALID_CANDIDATE if table else NO_CANDIDATES
         return Decision(item, None, None, False, reason, None, table)
+    responses, parsed = zip(*entry.valid, strict=True)
     if config.select == "random":
-        index = seeded_index("chosen", item.id, len(entry.valid))
-        reason_or_none = None
+        index, reason_or_none = choose_randomly([r.kind for r in responses], item.id), None
     else:
-        responses, parsed = zip(*entry.valid, strict=True)
         index = choose(scores, [r.kind for r in responses], [p.evidence for p in parsed])
         reason_or_none = _why_not(entry, index, scores[index], config)
     chosen, rejected = entry.valid[index][0], _rejected(entry, scores, index)

@@ -122,6 +122,14 @@ def test_control_keeps_every_item_with_a_valid_candidate() -> None:
     assert decisions == list(curate(items, config))
 
 
+def test_control_trains_on_the_kinds_that_curation_trains_on() -> None:
+    texts = ["red", "blue", cot("green"), cot("black")]
+    items = [item(str(i), "reasoning", texts) for i in range(40)]
+    for select in ("random", "best"):
+        chosen = [d.chosen for d in curate(items, CurationConfig(select=select, dedup=False))]
+        assert {response.kind for response in chosen if response} == {"cot"}
+
+
 def test_double_id_is_an_error() -> None:
     with pytest.raises(CurationError, match="comes twice"):
         list(curate([item("1", "caption", []), item("1", "caption", [])], CurationConfig()))
