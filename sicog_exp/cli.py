@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_RECIPE = "experiments/embedded.yaml"
+DEFAULT_STUDY = "experiments/sweeps/tau_and_mix.yaml"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
     evidence = commands.choices["evidence"]
     evidence.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
     evidence.add_argument("--out", type=Path, default=Path("evidence.json"), help="result file (default: %(default)s)")
+    sweep = commands.add_parser("sweep", help="search a recipe's keys with Optuna", description=(
+        "Searches the keys that a study declares, on the development split; scores the winner on the benchmark. "
+        "Run it again to continue, or elsewhere at the same time to help."))  # fmt: skip
+    sweep.add_argument("study", nargs="?", default=DEFAULT_STUDY, help="YAML file (default: %(default)s)")
+    sweep.add_argument("overrides", nargs="*", help="keys of the study to change, such as trials=20")
+    sweep.add_argument("--overrides", dest="more", default="", metavar="'A=1 B=2'", help="the same as one argument")
     ui = commands.add_parser("ui", help="open the MLflow UI on 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
     return parser
@@ -57,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "ui": _ui}
+        commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "sweep": _sweep,
+                    "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -125,6 +133,17 @@ def _evidence(args: argparse.Namespace) -> int:
     from sicog_exp.studies.evidence import run_evidence
 
     run_evidence(recipe, [int(seed) for seed in args.seeds.split(",")], args.out, console())
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from sicog_exp.studies.sweep import load_study
+
+    study = load_study(args.study, [*args.overrides, *shlex.split(args.more)])
+    quiet_libraries()
+    from sicog_exp.studies.sweep import run_sweep
+
+    run_sweep(study, console())
     return 0
 
 

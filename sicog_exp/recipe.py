@@ -6,6 +6,7 @@ what is allowed; cross-field checks stand in each class's `__post_init__`.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import math
 import re
@@ -352,6 +353,8 @@ def _join(key: str, name: str) -> str:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, key)
     origin = typing.get_origin(hint)
@@ -361,6 +364,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return value
     if origin is types.UnionType:
         return None if value is None else _convert(typing.get_args(hint)[0], value, key)
+    if origin is collections.abc.Mapping:
+        if not isinstance(value, dict):
+            raise RecipeError(f"{key}={value!r}: expected a mapping")
+        return {name: _convert(typing.get_args(hint)[1], item, _join(key, name)) for name, item in value.items()}
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise RecipeError(f"{key}={value!r}: expected a list")

@@ -35,6 +35,19 @@ def connect(config: TrackingConfig) -> MlflowClient:
     return MlflowClient()
 
 
+def open_run(client: MlflowClient, config: TrackingConfig, name: str, source: str) -> tuple[str, str]:
+    """(run, experiment): the run that `mlflow run` made for us, or a new one in the recipe's experiment."""
+    given = os.environ.get("MLFLOW_RUN_ID")
+    if given:
+        client.set_tag(given, NAME, name)
+        return given, client.get_run(given).info.experiment_id
+    title = os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.experiment
+    experiment = client.get_experiment_by_name(title)
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment(title)
+    run = client.create_run(experiment_id, tags={NAME: name, SOURCE: source})
+    return run.info.run_id, experiment_id
+
+
 def mark_no_op(config: TrackingConfig, finished_run: str) -> None:
     """Let the run that `mlflow run` opened for nothing point to the finished one."""
     given = os.environ.get("MLFLOW_RUN_ID")
@@ -53,26 +66,18 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Tracker:
-    """The runs of one experiment."""
+    """The runs of one experiment; those of a study's trial stand under the study's run."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, study_run: str = "") -> None:
         self.recipe = recipe
         self.client = connect(recipe.tracking)
-        self.run_id, self.experiment_id = self._parent()
+        if study_run:
+            self.experiment_id = self.client.get_run(study_run).info.experiment_id
+            self.run_id = self._child(study_run, recipe.name, "experiment")
+        else:
+            self.run_id, self.experiment_id = open_run(self.client, recipe.tracking, recipe.name, "sicog iterate")
         self._generations: dict[int, str] = {}
         self._log_recipe()
-
-    def _parent(self) -> tuple[str, str]:
-        """The run that `mlflow run` made for us, or a new one in the recipe's experiment."""
-        given = os.environ.get("MLFLOW_RUN_ID")
-        if given:
-            self.client.set_tag(given, NAME, self.recipe.name)
-            return given, self.client.get_run(given).info.experiment_id
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or self.recipe.tracking.experiment
-        experiment = self.client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
-        run = self.client.create_run(experiment_id, tags={NAME: self.recipe.name, SOURCE: "sicog iterate"})
-        return run.info.run_id, experiment_id
 
     def _log_recipe(self) -> None:
         self.client.log_text(self.run_id, to_yaml(self.recipe), "recipe.yaml")
@@ -109,7 +114,7 @@ class Tracker:
         return run
 
     def finish_step(self, run_id: str, artifact: Artifact) -> None:
-        self._log_metrics(run_id, {f"cost/{name}": value for name, value in artifact.facts.items()})
+        self.log_metrics(run_id, {f"cost/{name}": value for name, value in artifact.facts.items()})
         self.client.set_tag(run_id, "sicog.artifact", str(artifact.path))
         self.client.set_terminated(run_id)
 
@@ -126,10 +131,10 @@ class Tracker:
 
     def log_generation(self, index: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a generation: on its own run, and on the parent with step = generation."""
-        self._log_metrics(self.generation(index), metrics)
-        self._log_metrics(self.run_id, metrics, step=index)
+        self.log_metrics(self.generation(index), metrics)
+        self.log_metrics(self.run_id, metrics, step=index)
 
-    def _log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)

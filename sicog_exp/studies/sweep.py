@@ -1,0 +1,416 @@
+"""Search any keys of a recipe with Optuna; the development split decides, the benchmark is run once, for the winner.
+
+All trials share one store: what a trial does not change - data, G0, the pool, embeddings - is read, not made again.
+Workers join a study by running the same command; a killed study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from sicog_exp.recipe import Recipe, RecipeError, StageConfig, load, load_as, to_yaml
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+HEARTBEAT = 30
+"""Seconds between the signs of life that workers leave in a database."""
+FAILURES = 3
+"""Trials that may fail one after another before the search stops: then it is not the values' fault."""
+STARTUP = 8
+"""Random trials before the sampler, or a pruner, trusts what it has seen."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The values of one searched key: a range, or a list of choices."""
+
+    low: float | None = None
+    """Smallest value."""
+    high: float | None = None
+    """Largest value."""
+    whole: bool = False
+    """Whole numbers only."""
+    log: bool = False
+    """Search on a logarithmic scale."""
+    choices: tuple[Any, ...] = ()
+    """Search a list instead of a range."""
+    when: str | None = None
+    """Searched only where an axis named before has this value, for example curation.encoder=minilm."""
+
+    def __post_init__(self) -> None:
+        if bool(self.choices) == (self.low is not None and self.high is not None):
+            raise RecipeError("an axis has low and high, or choices")
+        if self.low is not None and self.high is not None and not self.low <= self.high:
+            raise RecipeError(f"low={self.low}, high={self.high}: low must not be above high")
+
+    def suggest(self, trial: Trial, key: str) -> Any:
+        if self.choices:
+            return trial.suggest_categorical(key, self.choices)
+        low, high = cast(float, self.low), cast(float, self.high)
+        if self.whole:
+            return trial.suggest_int(key, round(low), round(high), log=self.log)
+        return trial.suggest_float(key, low, high, log=self.log)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a trial is judged by: a metric of its last generation on the development split, or a cost of the trial."""
+
+    metric: str = "eval/mean/accuracy"
+    """`eval/<task>/accuracy`, `eval/mean/accuracy` (over the suite's tasks), `cost/flops` or `cost/seconds`."""
+    direction: Literal["maximize", "minimize"] = "maximize"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """One search: `experiments/sweeps/*.yaml`."""
+
+    name: str
+    """Names the study in its storage and in MLflow."""
+    recipe: str
+    """The recipe whose keys are searched."""
+    space: Mapping[str, Axis]
+    """Recipe key -> its values."""
+    overrides: tuple[str, ...] = ()
+    """Fixed changes to the recipe."""
+    objectives: tuple[Objective, ...] = (Objective(),)
+    """One, or several for a Pareto front."""
+    trials: int = 40
+    """Finished trials, pruned ones included, over all workers."""
+    seed: int = 0
+    """Seed of the search."""
+    rungs: tuple[float, ...] = (1.0,)
+    """Shares of pretrain.steps, rising to 1, at which a trial is scored and may be pruned; each rung trains anew with
+    its own schedule, on the same pool."""
+    pruner: Literal["median", "hyperband", "none"] = "median"
+    """When to give a trial up; needs several rungs and one objective."""
+    storage: str | None = None
+    """Database URL for many machines; without one, a journal file beside the store."""
+
+    def __post_init__(self) -> None:
+        if not self.space or not self.objectives or self.trials < 1:
+            raise RecipeError(f"study {self.name}: needs a space, an objective and at least one trial")
+        if list(self.rungs) != sorted(set(self.rungs)) or not self.rungs or self.rungs[0] <= 0 or self.rungs[-1] != 1:
+            raise RecipeError(f"rungs={list(self.rungs)}: must rise from above 0 to 1")
+        if len(self.rungs) > 1 and len(self.objectives) > 1:
+            raise RecipeError("rungs: Optuna does not prune studies of several objectives; use rungs=[1.0]")
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """The study in a YAML file; its recipe and every searched key are checked. Raises RecipeError."""
+    study = load_as(StudyConfig, path, overrides)
+    recipe = load(study.recipe, study.overrides)
+    for key, axis in study.space.items():
+        smallest = axis.choices[0] if axis.choices else round(cast(float, axis.low)) if axis.whole else axis.low
+        load(study.recipe, [*study.overrides, _override(key, smallest)])
+    if recipe.iterations < 1:
+        raise RecipeError(f"{path}: iterations={recipe.iterations}: a sweep needs a generation after G0")
+    return study
+
+
+def _override(key: str, value: Any) -> str:
+    return f"{key}={json.dumps(value)}"
+
+
+def suggested(study: StudyConfig, trial: Trial) -> dict[str, Any]:
+    """A trial's values by key; conditional axes only where their condition holds."""
+    values: dict[str, Any] = {}
+    for key, axis in study.space.items():
+        name, _, wanted = (axis.when or "").partition("=")
+        if not axis.when or str(values.get(name)) == wanted:
+            values[key] = axis.suggest(trial, key)
+    return values
+
+
+def recipe_of(study: StudyConfig, values: Mapping[str, Any], split: str, share: float = 1.0) -> Recipe:
+    """The recipe of a trial, at a share of its pre-training steps."""
+    fixed = [f"name={study.name}", f"evaluation.split={split}"]
+    recipe = load(study.recipe, [*study.overrides, *fixed, *(_override(key, values[key]) for key in values)])
+    steps = max(1, round(recipe.pretrain.steps * share))
+    pretrain: StageConfig = replace(recipe.pretrain, steps=steps) if recipe.pretrain.steps else recipe.pretrain
+    return replace(recipe, pretrain=pretrain)
+
+
+# The search.
+
+
+def run_sweep(study: StudyConfig, console: Console) -> Path:
+    """Search until the study has its trials, then score the winner on the benchmark. Returns the winner's recipe."""
+    import optuna
+
+    from sicog_exp.tracking import connect, open_run
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    base = recipe_of(study, {}, "development")
+    client = connect(base.tracking)
+    search = open_study(study, base)
+    retry_the_dead(search, console)
+    run_id = search.user_attrs.get("mlflow_run") or open_run(client, base.tracking, study.name, "sicog sweep")[0]
+    search.set_user_attr("mlflow_run", run_id)
+    client.set_tag(run_id, "sicog.level", "study")
+    client.update_run(run_id, status="RUNNING")
+    client.log_text(run_id, to_yaml(study), "study.yaml")
+    console.print(f"{study.name}: {len(finished(search))} of {study.trials} trials are done")
+    failures = 0
+    while len(finished(search)) < study.trials:
+        trial = search.ask()
+        trial.set_user_attr("owner", _owner())
+        error = Attempt(study, search, run_id, console).run(trial)
+        failures = failures + 1 if error else 0
+        if error and failures == FAILURES:
+            raise error
+    return conclude(study, search, run_id, console)
+
+
+def open_study(study: StudyConfig, base: Recipe) -> Study:
+    import optuna
+
+    directions = [objective.direction for objective in study.objectives]
+    search = optuna.create_study(storage=_storage(study, base), study_name=study.name, directions=directions,
+                                 pruner=_pruner(study), load_if_exists=True)  # fmt: skip
+    # A sampler seeded alike would propose the same trials again after each restart, and to every worker.
+    search.sampler = optuna.samplers.TPESampler(seed=study.seed * 1_000_003 + len(search.trials), multivariate=True,
+                                                group=True, n_startup_trials=STARTUP, constant_liar=True)  # fmt: skip
+    search.set_metric_names([objective.metric for objective in study.objectives])
+    return search
+
+
+def _storage(study: StudyConfig, base: Recipe) -> Any:
+    from optuna.storages import JournalStorage, RDBStorage, RetryFailedTrialCallback
+    from optuna.storages.journal import JournalFileBackend
+
+    if study.storage:
+        return RDBStorage(study.storage, heartbeat_interval=HEARTBEAT, grace_period=4 * HEARTBEAT,
+                          failed_trial_callback=RetryFailedTrialCallback())  # fmt: skip
+    folder = Path(base.store) / "studies"
+    folder.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(folder / f"{study.name}.journal")))
+
+
+def _pruner(study: StudyConfig) -> Any:
+    from optuna import pruners
+
+    if len(study.rungs) == 1 or study.pruner == "none":
+        return pruners.NopPruner()
+    if study.pruner == "hyperband":
+        return pruners.HyperbandPruner(min_resource=1, max_resource=len(study.rungs))
+    return pruners.MedianPruner(n_startup_trials=STARTUP)
+
+
+def finished(search: Study) -> list[FrozenTrial]:
+    """Trials that count: complete or pruned. Failed ones are shown, and tried again."""
+    from optuna.trial import TrialState
+
+    return search.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def _owner() -> str:
+    """This process, told from a later one that gets the same number."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def _alive(owner: str) -> bool:
+    """Whether the process that runs a trial still does; of another machine's nothing is known here."""
+    host, _, rest = owner.partition(" ")
+    if host != socket.gethostname() or not rest:
+        return bool(rest)
+    pid, started = rest.split()
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.0f}" == started
+    except psutil.NoSuchProcess:
+        return False
+
+
+def retry_the_dead(search: Study, console: Console) -> None:
+    """Fail the trials whose worker was killed on this machine, and queue their values again: their finished steps are
+    in the store. (Databases see to it by heartbeat, for workers on other machines too.)"""
+    from optuna.trial import TrialState
+
+    for trial in search.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if not _alive(trial.user_attrs.get("owner", "")):
+            search.tell(trial.number, state=TrialState.FAIL)
+            search.enqueue_trial(trial.params)
+            console.print(f"trial {trial.number}: its process is gone; its values are tried again")
+
+
+class Attempt:
+    """One trial: from its values to its scores, watched in an MLflow run of its own."""
+
+    def __init__(self, study: StudyConfig, search: Study, study_run: str, console: Console) -> None:
+        self.study, self.search, self.study_run, self.console = study, search, study_run, console
+
+    def run(self, trial: Trial) -> Exception | None:
+        """The error of a trial that failed, such as a loss that is no number any more."""
+        from optuna import TrialPruned
+        from optuna.trial import TrialState
+
+        values = suggested(self.study, trial)
+        recipe = recipe_of(self.study, values, "development")
+        tracker = self._tracker(recipe, trial, values)
+        self.console.rule(f"{self.study.name}, trial {trial.number}: {_shown(values)}")
+        try:
+            measured = self._climb(trial, values, tracker)
+        except TrialPruned:
+            self.search.tell(trial, state=TrialState.PRUNED)
+            self._close(tracker, "pruned", "FINISHED")
+        except Exception as error:
+            self.search.tell(trial, state=TrialState.FAIL)
+            self._close(tracker, f"failed: {error}", "FAILED")
+            self.console.print(f"trial {trial.number} failed: {error}")
+            return error
+        else:
+            self.search.tell(trial, [measured[objective.metric] for objective in self.study.objectives])
+            self._close(tracker, "complete", "FINISHED")
+        return None
+
+    def _tracker(self, recipe: Recipe, trial: Trial, values: Mapping[str, Any]) -> Any:
+        from sicog_exp.tracking import Tracker
+
+        tracker = Tracker(recipe, self.study_run)
+        trial.set_user_attr("mlflow_run", tracker.run_id)
+        tracker.client.set_tag(tracker.run_id, "mlflow.runName", f"trial {trial.number}")
+        tracker.client.set_tag(tracker.run_id, "sicog.trial", str(trial.number))
+        return tracker
+
+    def _climb(self, trial: Trial, values: Mapping[str, Any], tracker: Any) -> dict[str, float]:
+        """Scores at each rung; raises TrialPruned below the last one."""
+        from optuna import TrialPruned
+
+        measured: dict[str, float] = {}
+        for rung, share in enumerate(self.study.rungs, 1):
+            measured = self._measure(recipe_of(self.study, values, "development", share), tracker, rung)
+            if rung < len(self.study.rungs):
+                trial.report(measured[self.study.objectives[0].metric], rung)
+                if trial.should_prune():
+                    raise TrialPruned
+        return measured
+
+    def _measure(self, recipe: Recipe, tracker: Any, rung: int) -> dict[str, float]:
+        """Run the recipe and log its last generation's metrics on the trial, with step = rung."""
+        from sicog_exp import loop
+        from sicog_exp.evaluation import compare
+        from sicog_exp.experiment import expected_work
+        from sicog_exp.progress import Display
+        from sicog_exp.runner import Runner
+        from sicog_exp.store import Store
+
+        with Display(expected_work(recipe), self.console) as display:
+            runner = Runner(Store(recipe.store), tracker, display)
+            lineage = loop.iterate(recipe, runner)
+        table = compare.score_table(lineage.generations[-1].scores.path, recipe.evaluation.bootstrap)
+        measured = compare.metrics(table)
+        measured["eval/mean/accuracy"] = sum(score.overall.mean for score in table.values()) / len(table)
+        for cost in ("flops", "seconds"):
+            measured[f"cost/{cost}"] = sum(artifact.facts.get(cost, 0.0) for _, artifact in runner.done)
+        tracker.log_metrics(tracker.run_id, measured, rung)
+        return measured
+
+    @staticmethod
+    def _close(tracker: Any, state: str, status: str) -> None:
+        tracker.client.set_tag(tracker.run_id, "sicog.state", state[:500])
+        tracker.finish(status)
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    texts = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
+    return " ".join(f"{key}={text}" for key, text in texts.items())
+
+
+# The end.
+
+
+def winner(study: StudyConfig, search: Study) -> FrozenTrial:
+    """The best complete trial; of a Pareto front the one that is best by the first objective."""
+    best = search.best_trials
+    sign = 1 if study.objectives[0].direction == "maximize" else -1
+    return max(best, key=lambda trial: sign * cast(Sequence[float], trial.values)[0])
+
+
+def conclude(study: StudyConfig, search: Study, run_id: str, console: Console) -> Path:
+    """Write the winner's recipe, score it on the benchmark, show what mattered."""
+    from sicog_exp.experiment import run_experiment
+    from sicog_exp.tracking import connect
+
+    best = winner(study, search)
+    recipe = replace(recipe_of(study, best.params, "benchmark"), name=f"{study.name}-best")
+    folder = Path(recipe.store) / "studies"
+    path = folder / f"{study.name}-best.yaml"
+    path.write_text(to_yaml(recipe))
+    show(study, search, best, console)
+    console.rule(f"{study.name}: the winner, trial {best.number}, on the benchmark")
+    run_experiment(recipe, console)
+    client = connect(recipe.tracking)
+    client.log_artifact(run_id, str(path))
+    for figure in draw(study, search, folder):
+        client.log_artifact(run_id, str(figure))
+    client.log_dict(run_id, importances(search), "importances.json")
+    client.set_tag(run_id, "sicog.best_trial", str(best.number))
+    client.set_terminated(run_id)
+    console.print(f"the winner's recipe: {path}   (sicog iterate {path})")
+    return path
+
+
+def importances(search: Study) -> dict[str, float]:
+    """Share of the first objective's variance by key; empty with too few trials or one value."""
+    from optuna.importance import get_param_importances
+    from optuna.trial import TrialState
+
+    complete = search.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    values = [cast(Sequence[float], trial.values)[0] for trial in complete]
+    if len(values) < 4 or max(values) == min(values):
+        return {}
+    first: Callable[[FrozenTrial], float] = lambda trial: cast(Sequence[float], trial.values)[0]  # noqa: E731
+    return {key: float(share) for key, share in get_param_importances(search, target=first).items()}
+
+
+def show(study: StudyConfig, search: Study, best: FrozenTrial, console: Console) -> None:
+    """The ten best trials on the development split, and which keys mattered."""
+    from optuna.trial import TrialState
+
+    sign = -1 if study.objectives[0].direction == "maximize" else 1
+    complete = search.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ranked = sorted(complete, key=lambda trial: sign * cast(Sequence[float], trial.values)[0])
+    table = Table(title=f"{study.name}: the ten best of {len(finished(search))} trials (development split)")
+    for column in ("trial", *(objective.metric for objective in study.objectives), "values"):
+        table.add_column(column)
+    for trial in ranked[:10]:
+        values = [f"{value:.4g}" for value in cast(Sequence[float], trial.values)]
+        table.add_row(str(trial.number), *values, _shown(trial.params))
+    console.print(table)
+    for key, share in importances(search).items():
+        console.print(f"  {share:4.0%} of the variance: {key}", highlight=False)
+
+
+def draw(study: StudyConfig, search: Study, folder: Path) -> list[Path]:
+    """Each searched key against the first objective, later trials brighter."""
+    from matplotlib.figure import Figure
+    from optuna.trial import TrialState
+
+    complete = search.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    keys = list(study.space)
+    figure = Figure(figsize=(3.2 * len(keys), 3.2), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
+        shown = [trial for trial in complete if key in trial.params]
+        axes.scatter([trial.params[key] for trial in shown], [cast(Sequence[float], t.values)[0] for t in shown],
+                     c=[trial.number for trial in shown], cmap="viridis", s=18)  # fmt: skip
+        axes.set_xlabel(key)
+        if study.space[key].log:
+            axes.set_xscale("log")
+    figure.axes[0].set_ylabel(study.objectives[0].metric)
+    path = folder / f"{study.name}-slices.png"
+    figure.savefig(path, dpi=110)
+    return [path]
