@@ -98,7 +98,8 @@ class ModelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where training and generation run."""
     threads: int = 2
-    """CPU threads; results are bit-identical only between runs with the same number."""
+    """CPU cores. Micro-batches and sampling batches run side by side, a core each, with the same bits for any number; a
+    stage whose batch is one micro-batch uses all cores together, and then the last bits depend on it."""
 
     def __post_init__(self) -> None:
         _positive(self, "threads")

@@ -180,24 +180,29 @@ def _majority(scene: Scene) -> Question | None:
 def base_turns(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
     """(question, answer) turns about one image, of the simple kinds that base training asks, none asked twice."""
     makers = [_short_caption, _is_there, _what_at, _color_of, _place_of]
-    turns = dict([_short_caption(scene, rng)] if rng.random() < 0.3 else [])
+    turns = dict([_short_caption(scene, rng)] if rng.random() < 0.5 else [])
     while len(turns) < count:
-        question, answer = makers[rng.choice(5, p=[0.1, 0.15, 0.2, 0.22, 0.33])](scene, rng)
+        question, answer = makers[rng.choice(5, p=[0.1, 0.1, 0.2, 0.25, 0.35])](scene, rng)
         turns.setdefault(question, answer)
     return list(turns.items())
 
 
+CAPTIONS = {"colors and places": "{0.color} {0.name} {0.place}", "colors": "{0.name} {0.color}",
+            "places": "{0.name} {0.place}"}  # fmt: skip
+"""What a short caption says of each thing. Colour and place follow the name, so that the next word is found by the
+name before it: measured, a small model learns to find a thing by its name there first, and in longer jumps later."""
+
+
 def _short_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """In reading order four times of five and shuffled otherwise, each thing with or without its place."""
+    """In reading order with colours and places, shuffled otherwise; with or without the background."""
+    said = _pick(rng, list(CAPTIONS))
     things = list(scene.things)
-    if rng.random() < 0.2:
+    if said != "colors and places":
         things = [things[i] for i in rng.permutation(len(things))]
-    style = int(rng.integers(3))
-    text = ", ".join([str(t), f"{t.color} {t.name}", f"{t.name} {t.place}"][style] for t in things)
+    text = ", ".join(CAPTIONS[said].format(thing) for thing in things)
     if rng.random() < 0.3:
         text += f", {scene.background} background"
-    wanted = ("colors and places", "colors", "places")[style]
-    return f"List the things with {wanted}.", text + "."
+    return f"List the things with {said}.", text + "."
 
 
 def _is_there(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -213,28 +218,35 @@ def _what_at(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 def _color_of(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     thing = _pick(rng, scene.things)
-    colors = [other.color for other in scene.things if other.name == thing.name]
-    return f"Which color does the {thing.name} have?", ", ".join(colors)
+    colors = ", ".join(other.color for other in scene.things if other.name == thing.name)
+    return _asked_by_name(rng, f"Which color does the {thing.name} have?", thing, colors)
 
 
 def _place_of(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     thing = _pick(rng, scene.things)
-    return f"Where is the {thing.name}?", ", ".join(t.place for t in scene.things if t.name == thing.name)
+    places = ", ".join(other.place for other in scene.things if other.name == thing.name)
+    return _asked_by_name(rng, f"Where is the {thing.name}?", thing, places)
+
+
+def _asked_by_name(rng: np.random.Generator, question: str, thing: Thing, answer: str) -> tuple[str, str]:
+    """The bare answer, or with the name before it where the question asks for it."""
+    return (question, answer) if rng.random() < 0.4 else (f"{question} Name it.", f"{thing.name} {answer}")
 
 
 def text_turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """One text-only example: a fact, or a family's question followed by a listing, reasoned and answered.
+    """One text-only example: a fact, or a family's question followed by a listing, reasoned and answered; then things
+    looked up in the listing by their names.
 
     The question stands before the listing, as in a chain of thought (measured: otherwise relations and counts
     never leave their priors).
     """
-    if rng.random() < 0.12:
-        return [_fact(rng)]
-    asked = questions(scene, rng, 1)
+    asked = questions(scene, rng, 1) if rng.random() >= 0.12 else []
     if not asked:
         return [_fact(rng)]
     question = asked[0]
-    return [(f"{question.text}\nScene: {scene.listing()}", f"{question.reasoning}\n{question.answer}")]
+    reasoned = (f"{question.text}\nScene: {scene.listing()}", f"{question.reasoning}\n{question.answer}")
+    looked_up = [_place_of(scene, rng) if rng.random() < 0.6 else _color_of(scene, rng) for _ in range(3)]
+    return [reasoned, *dict(looked_up).items()]
 
 
 def _fact(rng: np.random.Generator) -> tuple[str, str]:

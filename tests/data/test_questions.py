@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sicog_exp.data.questions import (
+    CAPTIONS,
     FAMILIES,
     Question,
     base_turns,
@@ -164,6 +165,17 @@ def test_the_base_is_never_asked_a_family_about_an_image() -> None:
             assert not any(wording.search(question) for wording in wordings), question
 
 
+def looked_up(scene: Scene, question: str, answer: str) -> bool:
+    """Whether the turn asks for a thing's colour or place by its name; then the answer must be the whole truth."""
+    match = re.fullmatch(r"(Where is|Which color does) the (\w+)( have)?\?( Name it\.)?", question)
+    if not match:
+        return False
+    named = [t for t in scene.things if t.name == match[2]]
+    truth = ", ".join(t.place if match[1] == "Where is" else t.color for t in named)
+    assert answer == (f"{match[2]} {truth}" if match[4] else truth)
+    return True
+
+
 def test_base_answers_are_true() -> None:
     for i in range(300):
         scene = make_scene(12, "base", i)
@@ -172,25 +184,24 @@ def test_base_answers_are_true() -> None:
                 assert answer == ("yes" if match[1] in [t.name for t in scene.things] else "no")
             elif match := re.fullmatch(r"What is at the ([\w-]+)\?", question):
                 shown = [f"{t.color} {t.name}" for t in scene.things if t.place == match[1]]
-                assert [answer] == (shown or ["nothing"])
-            elif match := re.fullmatch(r"Which color does the (\w+) have\?", question):
-                assert answer.split(", ") == [t.color for t in scene.things if t.name == match[1]]
-            elif match := re.fullmatch(r"Where is the (\w+)\?", question):
-                assert answer.split(", ") == [t.place for t in scene.things if t.name == match[1]]
+                assert [answer] == (shown or ["none"])
+            elif match := re.fullmatch(r"List the things with (.+)\.", question):
+                told = answer.removesuffix(".").removesuffix(f", {scene.background} background").split(", ")
+                assert sorted(told) == sorted(CAPTIONS[match[1]].format(thing) for thing in scene.things)
             else:
-                assert question.startswith("List the things with ")
-                assert all(thing.name in answer for thing in scene.things)
+                assert looked_up(scene, question, answer)
 
 
 def test_text_turns_reason_over_their_own_listing() -> None:
     """A family's question in text comes with the listing that answers it; facts are true."""
-    reasoned = facts = 0
+    reasoned = facts = found = 0
     for i in range(400):
         scene = make_scene(13, "base", i)
         for question, answer in text_turns(scene, rng_for(13, "base", i, "t")):
             head, _, listing = question.partition("\nScene: ")
             if not listing:
-                facts += 1
+                known = looked_up(scene, question, answer)
+                facts, found = facts + (not known), found + known
                 continue
             reasoned += 1
             assert listing == scene.listing()
@@ -200,6 +211,7 @@ def test_text_turns_reason_over_their_own_listing() -> None:
             assert TRUTH[family](scene, *match.groups()) == {answer.rsplit("\n", 1)[1]}
     assert reasoned > 300
     assert facts > 20
+    assert found > 600
 
 
 def test_questions_need_the_image() -> None:
