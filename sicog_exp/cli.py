@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("study", nargs="?", default=DEFAULT_STUDY, help="YAML file (default: %(default)s)")
     sweep.add_argument("overrides", nargs="*", help="keys of the study to change, such as trials=20")
     sweep.add_argument("--overrides", dest="more", default="", metavar="'A=1 B=2'", help="the same as one argument")
+    commands.add_parser("doctor", help="check this machine: packages, devices, disk, tracking store, model hub")
     ui = commands.add_parser("ui", help="open the MLflow UI on 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
     return parser
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "sweep": _sweep,
-                    "ui": _ui}  # fmt: skip
+                    "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -145,6 +146,13 @@ def _sweep(args: argparse.Namespace) -> int:
 
     run_sweep(study, console())
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    quiet_libraries()
+    from sicog_exp.doctor import examine
+
+    return 0 if examine(console()) else 1
 
 
 def _ui(args: argparse.Namespace) -> int:
