@@ -47,6 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("study", nargs="?", default=DEFAULT_STUDY, help="YAML file (default: %(default)s)")
     sweep.add_argument("overrides", nargs="*", help="keys of the study to change, such as trials=20")
     sweep.add_argument("--overrides", dest="more", default="", metavar="'A=1 B=2'", help="the same as one argument")
+    keys = commands.add_parser("keys", help="list every recipe key with its type, default and meaning")
+    keys.add_argument("prefix", nargs="?", default="", help="only keys that begin so, such as curation")
+    keys.add_argument("--markdown", action="store_true", help="the whole list as the page docs/recipe-keys.md")
     commands.add_parser("doctor", help="check this machine: packages, devices, disk, tracking store, model hub")
     ui = commands.add_parser("ui", help="open the MLflow UI on 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "sweep": _sweep,
-                    "doctor": _doctor, "ui": _ui}  # fmt: skip
+                    "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -145,6 +148,18 @@ def _sweep(args: argparse.Namespace) -> int:
     from sicog_exp.studies.sweep import run_sweep
 
     run_sweep(study, console())
+    return 0
+
+
+def _keys(args: argparse.Namespace) -> int:
+    from sicog_exp.reference import keys, markdown
+
+    if args.markdown:
+        print(markdown(), end="")
+        return 0
+    for key in keys():
+        if key.name.startswith(args.prefix):
+            print(f"{key.name}={key.default}\n    {key.type}. {key.meaning}")
     return 0
 
 
