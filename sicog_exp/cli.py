@@ -47,6 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("study", nargs="?", default=DEFAULT_STUDY, help="YAML file (default: %(default)s)")
     sweep.add_argument("overrides", nargs="*", help="keys of the study to change, such as trials=20")
     sweep.add_argument("--overrides", dest="more", default="", metavar="'A=1 B=2'", help="the same as one argument")
+    compare = commands.add_parser("compare", help="paired differences of generations or sample files", description=(
+        "B - A for every further source, per task and overall, with image-clustered intervals. A source is an "
+        "evaluation's or a run's folder (FOLDER:G1 names a generation), a sample file of ours or of lmms-eval, or an "
+        "MLflow run id; several joined by commas are seeds."))  # fmt: skip
+    compare.add_argument("sources", nargs="+", metavar="A B", help="two sources or more")
+    compare.add_argument("--metric", help="which value of lmms-eval's sample files, where they hold several")
+    compare.add_argument("--json", action="store_true", help="print JSON; differences are fractions")
     keys = commands.add_parser("keys", help="list every recipe key with its type, default and meaning")
     keys.add_argument("prefix", nargs="?", default="", help="only keys that begin so, such as curation")
     keys.add_argument("--markdown", action="store_true", help="the whole list as the page docs/recipe-keys.md")
@@ -69,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "sweep": _sweep,
-                    "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
+                    "compare": _compare, "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -148,6 +155,20 @@ def _sweep(args: argparse.Namespace) -> int:
     from sicog_exp.studies.sweep import run_sweep
 
     run_sweep(study, console())
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from sicog_exp.evaluation.outcomes import compare, show, to_json
+
+    if len(args.sources) < 2:
+        build_parser().error("compare needs two sources or more")
+    first, *others = args.sources
+    found = [one for other in others for one in compare(first, other, args.metric)]
+    if args.json:
+        print(to_json(found))
+    else:
+        show(found, console())
     return 0
 
 
