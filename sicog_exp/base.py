@@ -54,7 +54,7 @@ class BaseRecipe:
     """Folder of the step store."""
     turns: int = 8
     """Questions asked about each image."""
-    text_share: float = 0.3
+    text_share: float = 0.4
     """Share of text-only rows in instruction tuning."""
     model: ModelConfig = field(default_factory=ModelConfig)
     shape: ShapeConfig = field(default_factory=ShapeConfig)
