@@ -234,19 +234,22 @@ def _asked_by_name(rng: np.random.Generator, question: str, thing: Thing, answer
 
 
 def text_turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """One text-only example: a fact, or a family's question followed by a listing, reasoned and answered; then things
-    looked up in the listing by their names.
+    """One text-only example: a fact, or a family's question followed by a listing, reasoned and answered; then a thing
+    looked up in the listing by its name.
 
-    The question stands before the listing, as in a chain of thought (measured: otherwise relations and counts
-    never leave their priors).
+    The question stands before the listing, as in a chain of thought (measured: otherwise relations and counts never
+    leave their priors). Half of the answers say the task and the listing again first, so that reasoning over a listing
+    of one's own is nothing new when chains of thought about images begin (measured: else those see and fail to reason).
     """
     asked = questions(scene, rng, 1) if rng.random() >= 0.12 else []
     if not asked:
         return [_fact(rng)]
     question = asked[0]
-    reasoned = (f"{question.text}\nScene: {scene.listing()}", f"{question.reasoning}\n{question.answer}")
-    looked_up = [_place_of(scene, rng) if rng.random() < 0.6 else _color_of(scene, rng) for _ in range(3)]
-    return [reasoned, *dict(looked_up).items()]
+    thought = [question.reasoning, question.answer]
+    if rng.random() < 0.5:
+        thought = [question.objective, scene.listing(), *thought]
+    looked_up = _place_of(scene, rng) if rng.random() < 0.6 else _color_of(scene, rng)
+    return [(f"{question.text}\nScene: {scene.listing()}", "\n".join(thought)), looked_up]
 
 
 def _fact(rng: np.random.Generator) -> tuple[str, str]:
