@@ -51,9 +51,9 @@ def random_model(folder: Path) -> Path:
     from sicog_exp.models.embedded import build_model, build_processor, build_tokenizer
 
     tokenizer = build_tokenizer([" ".join(map(str, range(300)))], 400)
-    build_model(tokenizer, width=128, vision_layers=3, language_layers=4, heads=4, patch_size=18,
+    build_model(tokenizer, width=128, vision_layers=3, language_layers=4, heads=4, patch_size=24,
                 max_length=1024).save_pretrained(folder)  # fmt: skip
-    build_processor(tokenizer, 18, [0.5] * 3, [0.25] * 3).save_pretrained(folder)
+    build_processor(tokenizer, 24, [0.5] * 3, [0.25] * 3).save_pretrained(folder)
     return folder
 
 

@@ -303,14 +303,16 @@ def to_json(found: Sequence[Comparison]) -> str:
 
 def show(found: Sequence[Comparison], console: Console) -> None:
     """A table in percent and points."""
-    table = Table(title="B - A, points [95% interval, images resampled]")
-    for column in ("B", "task", "A, %", "B, %", "B - A", "detectable", "McNemar p", "Holm p", "questions / images"):
+    letters = {source: chr(ord("B") + i) for i, source in enumerate(dict.fromkeys(c.b for c in found))}
+    for source, letter in {found[0].a: "A", **letters}.items():
+        console.print(f"{letter}: {source}", highlight=False)
+    table = Table(title="Difference to A, points [95% interval, images resampled]")
+    for column in ("", "task", "A, %", "%", "difference", "detectable", "McNemar p", "Holm p", "questions / images"):
         table.add_column(column, overflow="fold")
     for c in found:
         seeds = f" (seeds {' '.join(f'{100 * x:+.1f}' for x in c.per_seed)})" if c.per_seed else ""
         difference = f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]{seeds}"
         p_values = ["" if p is None else f"{p:.2g}" for p in (c.mcnemar_p, c.holm_p)]
-        table.add_row(c.b, c.task, f"{100 * c.mean_a:.1f}", f"{100 * c.mean_b:.1f}", difference,
+        table.add_row(letters[c.b], c.task, f"{100 * c.mean_a:.1f}", f"{100 * c.mean_b:.1f}", difference,
                       f"{100 * c.detectable:.1f}", *p_values, f"{c.n} / {c.images}")  # fmt: skip
-    console.print(f"A: {found[0].a}", highlight=False)
     console.print(table)

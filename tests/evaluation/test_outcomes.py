@@ -140,7 +140,9 @@ def test_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFi
     monkeypatch.chdir(tmp_path)  # where an unknown name is looked for in a tracking store
     a, b = ours(tmp_path / "a.jsonl", {"t": draws(0, 0.5)}), ours(tmp_path / "b.jsonl", {"t": draws(1, 0.6)})
     assert main(["compare", a, b, b]) == 0
-    assert "B - A" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Difference to A" in printed
+    assert f"B: {b}" in printed
     assert main(["compare", a, b, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["difference"] == pytest.approx(row["mean_b"] - row["mean_a"])
