@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,16 +39,6 @@ class PoolEngine(Engine, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """A finished batch: what was asked (as a digest), what it cost, what came out."""
-
-    asked: str
-    prompt_tokens: int
-    seconds: float
-    candidates: list[Candidate]
-
-
 def generate_pool(engine: PoolEngine, requests: Sequence[Request], decoding: Decoding, scratch: Path, out: Path,
                   progress: Progress | None = None) -> dict[str, Any]:  # fmt: skip
     """Sample `requests` into the file `out` (`candidates.jsonl`), by way of shards in `scratch`.
@@ -65,7 +55,7 @@ def generate_pool(engine: PoolEngine, requests: Sequence[Request], decoding: Dec
     found = [_read_shard(path, _digest(batch, decoding)) for path, batch in zip(paths, batches, strict=True)]
     missing = [batch for batch, shard in zip(batches, found, strict=True) if not shard]
     sampled = engine.sample_batches(missing, decoding)
-    shards: list[_Shard] = []
+    shards: list[Sampled] = []
     total, done = sum(request.count for request in requests), 0
     for path, batch, shard in zip(paths, batches, found, strict=True):
         shards.append(shard or _write_shard(path, batch, decoding, next(sampled)))
@@ -109,17 +99,16 @@ def _ordered(requests: Sequence[Request]) -> list[Key]:
     return sorted(keys, key=lambda key: (place[key[0]], key[1], key[2]))
 
 
-def _write_shard(path: Path, batch: Sequence[Request], decoding: Decoding, sampled: Sampled) -> _Shard:
-    candidates = sampled.candidates
-    _check_complete([key for request in batch for key in keys_of(request)], Counter(c.key for c in candidates))
-    shard = _Shard(_digest(batch, decoding), sampled.prompt_tokens, sampled.seconds, candidates)
-    header = {"asked": shard.asked, "prompt_tokens": shard.prompt_tokens, "seconds": shard.seconds}
-    lines = [_line(candidate_row(candidate)) for candidate in candidates]
+def _write_shard(path: Path, batch: Sequence[Request], decoding: Decoding, sampled: Sampled) -> Sampled:
+    """A finished batch as a file: what was asked (as a digest), what it cost, what came out."""
+    _check_complete([key for r in batch for key in keys_of(r)], Counter(c.key for c in sampled.candidates))
+    lines = [_line(candidate_row(candidate)) for candidate in sampled.candidates]
+    header = {"asked": _digest(batch, decoding), "prompt_tokens": sampled.prompt_tokens, "seconds": sampled.seconds}
     _write_atomic(path, [_line({**header, "content": _checksum(lines)}), *lines])
-    return shard
+    return sampled
 
 
-def _read_shard(path: Path, asked: str) -> _Shard | None:
+def _read_shard(path: Path, asked: str) -> Sampled | None:
     """A finished batch, or None where it is missing, damaged or answers something else."""
     if not path.exists():
         return None
@@ -129,7 +118,7 @@ def _read_shard(path: Path, asked: str) -> _Shard | None:
         if header["asked"] != asked or header["content"] != _checksum(lines):
             return None
         candidates = [candidate_from(json.loads(line)) for line in lines]
-        return _Shard(asked, header["prompt_tokens"], header["seconds"], candidates)
+        return Sampled(candidates, header["prompt_tokens"], header["seconds"])
     except (ValueError, KeyError, TypeError, RecordError):
         return None
 
@@ -165,7 +154,7 @@ def _write_atomic(path: Path, lines: Sequence[str]) -> None:
         os.close(folder)
 
 
-def _facts(requests: Sequence[Request], shards: Sequence[_Shard]) -> dict[str, Any]:
+def _facts(requests: Sequence[Request], shards: Sequence[Sampled]) -> dict[str, Any]:
     candidates = [candidate for shard in shards for candidate in shard.candidates]
     return {
         "samples": len({request.sample_id for request in requests}),
