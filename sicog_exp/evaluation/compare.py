@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from numpy.typing import NDArray
@@ -21,11 +21,12 @@ from sicog_exp.evaluation.statistics import (
     Paired,
     Pooled,
     StatisticsError,
-    holm,
+    corrected,
     interval,
     join,
     paired,
     paired_pooled,
+    told_apart,
 )
 
 
@@ -95,7 +96,7 @@ def deltas(generations: Sequence[Path], resamples: int = RESAMPLES) -> list[Delt
     last = len(results)
     pairs = [(0, after) for after in range(1, last)] + [(after - 1, after) for after in range(2, last)]
     found = [delta for before, after in pairs for delta in _compared(results, before, after, resamples)]
-    return _corrected(found)
+    return corrected(found)
 
 
 def pooled(before: Sequence[Path], after: Sequence[Path], resamples: int = RESAMPLES) -> dict[str, Pooled]:
@@ -176,19 +177,7 @@ def _aligned(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[NDArray
 
 
 def _keyed(samples: Sequence[Sample]) -> dict[str, Sample]:
-    """By id. Stock tasks may give several questions one id: a later one is told apart by its turn."""
-    turns: Counter[str] = Counter()
-    keyed = {}
-    for sample in samples:
-        turns[sample.id] += 1
-        keyed[sample.id if turns[sample.id] == 1 else f"{sample.id}#{turns[sample.id]}"] = sample
-    return keyed
-
-
-def _corrected(found: Sequence[Delta]) -> list[Delta]:
-    """The same deltas with Holm's correction over all that have a McNemar test."""
-    adjusted = iter(holm([delta.mcnemar_p for delta in found if delta.mcnemar_p is not None]))
-    return [delta if delta.mcnemar_p is None else replace(delta, holm_p=next(adjusted)) for delta in found]
+    return dict(zip(told_apart(sample.id for sample in samples), samples, strict=True))
 
 
 def _key(name: str) -> str:

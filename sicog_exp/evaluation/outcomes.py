@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,21 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from sicog_exp.evaluation.statistics import RESAMPLES, StatisticsError, holm, join, paired, paired_pooled
+from sicog_exp.evaluation.statistics import (
+    LEVEL,
+    RESAMPLES,
+    StatisticsError,
+    corrected,
+    join,
+    paired,
+    paired_pooled,
+    told_apart,
+)
 from sicog_exp.records import read_jsonl
 
 OVERALL = "overall"
 """The mean over tasks, each with the same weight."""
-POWER, LEVEL = 0.8, 0.95
+POWER = 0.8
 NOT_METRICS = {"doc_id", "target", "filtered_resps", "resps", "input", "doc_hash", "prompt_hash", "target_hash"}
 SAMPLE_FILE = re.compile(r"_samples_(?P<task>.+)\.jsonl$")
 
@@ -61,7 +69,7 @@ class Comparison:
     low: float
     high: float
     n: int
-    images: int
+    clusters: int
     error: float
     detectable: float
     mcnemar_p: float | None = None
@@ -134,21 +142,16 @@ def _of_file(path: Path, metric: str | None) -> dict[str, Outcomes]:
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
-    return {task: _ours(task, list(_told_apart(group, "id"))) for task, group in by_task.items()}
+    return {task: _ours(task, _by_question(group, "id")) for task, group in by_task.items()}
 
 
-def _told_apart(rows: Sequence[Mapping[str, Any]], key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(question id, row); stock tasks may give several questions one id: a later one is told apart by its turn."""
-    turns: Counter[str] = Counter()
-    for row in rows:
-        name = str(row[key])
-        turns[name] += 1
-        yield (name if turns[name] == 1 else f"{name}#{turns[name]}"), row
+def _by_question(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Mapping[str, Any]]:
+    return dict(zip(told_apart(str(row[key]) for row in rows), rows, strict=True))
 
 
-def _ours(task: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Outcomes:
-    values = {i: float(row["correct"]) for i, row in rows}
-    images, prompts = ({i: row.get(key, "") for i, row in rows} for key in ("image", "prompt"))
+def _ours(task: str, rows: Mapping[str, Mapping[str, Any]]) -> Outcomes:
+    values = {i: float(row["correct"]) for i, row in rows.items()}
+    images, prompts = ({i: row.get(key, "") for i, row in rows.items()} for key in ("image", "prompt"))
     return Outcomes(task, "correct", values, images, prompts)
 
 
@@ -157,10 +160,10 @@ def _harness_file(path: Path, rows: Sequence[Mapping[str, Any]], metric: str | N
     match = SAMPLE_FILE.search(path.name)
     task = match["task"] if match else path.stem
     name = metric or _only_metric(path, rows)
-    keyed = list(_told_apart(rows, "doc_id"))
-    values = {i: _number(path, number, row, name) for number, (i, row) in enumerate(keyed, 1)}
-    images = {i: _image(row, i) for i, row in keyed}
-    return Outcomes(task, name, values, images, {i: str(row.get("input", "")) for i, row in keyed})
+    keyed = _by_question(rows, "doc_id")
+    values = {i: _number(path, number, row, name) for number, (i, row) in enumerate(keyed.items(), 1)}
+    images = {i: _image(row, i) for i, row in keyed.items()}
+    return Outcomes(task, name, values, images, {i: str(row.get("input", "")) for i, row in keyed.items()})
 
 
 def _only_metric(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -218,7 +221,7 @@ def compare(a: str, b: str, metric: str | None = None, resamples: int = RESAMPLE
         metrics = {first[0][task].metric for task in tasks}
         name = metrics.pop() if len(metrics) == 1 else "each task's"
         found.append(_compared(a, b, OVERALL, name, overall, resamples))
-    return _corrected(found)
+    return corrected(found)
 
 
 def check_comparable(a: Mapping[str, Outcomes], b: Mapping[str, Outcomes]) -> None:
@@ -287,11 +290,6 @@ def detectable(error: float) -> float:
     return float(error * (norm.ppf(1 - (1 - LEVEL) / 2) + norm.ppf(POWER)))
 
 
-def _corrected(found: Sequence[Comparison]) -> list[Comparison]:
-    adjusted = iter(holm([c.mcnemar_p for c in found if c.mcnemar_p is not None]))
-    return [c if c.mcnemar_p is None else replace(c, holm_p=next(adjusted)) for c in found]
-
-
 # Showing.
 
 
@@ -314,5 +312,5 @@ def show(found: Sequence[Comparison], console: Console) -> None:
         difference = f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]{seeds}"
         p_values = ["" if p is None else f"{p:.2g}" for p in (c.mcnemar_p, c.holm_p)]
         table.add_row(letters[c.b], c.task, f"{100 * c.mean_a:.1f}", f"{100 * c.mean_b:.1f}", difference,
-                      f"{100 * c.detectable:.1f}", *p_values, f"{c.n} / {c.images}")  # fmt: skip
+                      f"{100 * c.detectable:.1f}", *p_values, f"{c.n} / {c.clusters}")  # fmt: skip
     console.print(table)

@@ -7,14 +7,17 @@ narrow: the number of clusters stands in every result for that reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 2000
 LEVEL = 0.95
+T = TypeVar("T", bound=Any)
 BLOCK = 2_000_000
 """Cluster draws made at a time: bounds the memory of large benchmarks."""
 
@@ -126,6 +129,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(values)
     adjusted[order] = np.minimum(np.maximum.accumulate(stepped), 1.0)
     return adjusted.tolist()
+
+
+def corrected(found: Sequence[T]) -> list[T]:
+    """The same dataclasses with `holm_p` set: Holm's correction over all that have a `mcnemar_p`."""
+    adjusted = iter(holm([one.mcnemar_p for one in found if one.mcnemar_p is not None]))
+    return [one if one.mcnemar_p is None else replace(one, holm_p=next(adjusted)) for one in found]
+
+
+def told_apart(names: Iterable[str]) -> Iterator[str]:
+    """Question ids, each once: stock tasks may give several questions one id, a later one gets its turn behind it."""
+    turns: Counter[str] = Counter()
+    for name in names:
+        turns[name] += 1
+        yield name if turns[name] == 1 else f"{name}#{turns[name]}"
 
 
 def join(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:

@@ -65,7 +65,7 @@ def test_errors_are_clustered_by_image(tmp_path: Path) -> None:
     fit = OLS(difference, np.ones(1000)).fit(cov_type="cluster", cov_kwds={"groups": images, "use_correction": True})
     assert cluster_error(difference, images) == pytest.approx(float(fit.bse[0]), rel=1e-9)
     (found,) = compare(ours(tmp_path / "a.jsonl", {"t": a}), ours(tmp_path / "b.jsonl", {"t": b}))
-    assert (found.n, found.images) == (1000, 250)
+    assert (found.n, found.clusters) == (1000, 250)
 
 
 def test_tasks_are_corrected_together_and_weigh_the_same_overall(tmp_path: Path) -> None:
