@@ -7,10 +7,11 @@ Workers join a study by running the same command; a killed study goes on where i
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -19,7 +20,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from sicog_exp.recipe import Recipe, RecipeError, StageConfig, load, load_as, to_yaml
+from sicog_exp.recipe import Recipe, RecipeError, load, load_as, to_yaml
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -139,9 +140,7 @@ def recipe_of(study: StudyConfig, values: Mapping[str, Any], split: str, share: 
     """The recipe of a trial, at a share of its pre-training steps."""
     fixed = [f"name={study.name}", f"evaluation.split={split}"]
     recipe = load(study.recipe, [*study.overrides, *fixed, *(_override(key, values[key]) for key in values)])
-    steps = max(1, round(recipe.pretrain.steps * share))
-    pretrain: StageConfig = replace(recipe.pretrain, steps=steps) if recipe.pretrain.steps else recipe.pretrain
-    return replace(recipe, pretrain=pretrain)
+    return replace(recipe, pretrain=replace(recipe.pretrain, steps=math.ceil(recipe.pretrain.steps * share)))
 
 
 # The search.
@@ -333,11 +332,20 @@ def _shown(values: Mapping[str, Any]) -> str:
 # The end.
 
 
-def winner(study: StudyConfig, search: Study) -> FrozenTrial:
-    """The best complete trial; of a Pareto front the one that is best by the first objective."""
-    best = search.best_trials
-    sign = 1 if study.objectives[0].direction == "maximize" else -1
-    return max(best, key=lambda trial: sign * cast(Sequence[float], trial.values)[0])
+def complete(search: Study) -> list[FrozenTrial]:
+    from optuna.trial import TrialState
+
+    return search.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def first_value(trial: FrozenTrial) -> float:
+    """A complete trial's first objective, which ranks and explains trials; the others draw the Pareto front."""
+    return cast(Sequence[float], trial.values)[0]
+
+
+def ranked(study: StudyConfig, search: Study) -> list[FrozenTrial]:
+    """Complete trials, the best first."""
+    return sorted(complete(search), key=first_value, reverse=study.objectives[0].direction == "maximize")
 
 
 def conclude(study: StudyConfig, search: Study, run_id: str, console: Console) -> Path:
@@ -345,18 +353,17 @@ def conclude(study: StudyConfig, search: Study, run_id: str, console: Console) -
     from sicog_exp.experiment import run_experiment
     from sicog_exp.tracking import connect
 
-    best = winner(study, search)
+    best = ranked(study, search)[0]
     recipe = replace(recipe_of(study, best.params, "benchmark"), name=f"{study.name}-best")
     folder = Path(recipe.store) / "studies"
     path = folder / f"{study.name}-best.yaml"
     path.write_text(to_yaml(recipe))
-    show(study, search, best, console)
+    show(study, search, console)
     console.rule(f"{study.name}: the winner, trial {best.number}, on the benchmark")
     run_experiment(recipe, console)
     client = connect(recipe.tracking)
     client.log_artifact(run_id, str(path))
-    for figure in draw(study, search, folder):
-        client.log_artifact(run_id, str(figure))
+    client.log_artifact(run_id, str(draw(study, search, folder)))
     client.log_dict(run_id, importances(search), "importances.json")
     client.set_tag(run_id, "sicog.best_trial", str(best.number))
     client.set_terminated(run_id)
@@ -367,27 +374,19 @@ def conclude(study: StudyConfig, search: Study, run_id: str, console: Console) -
 def importances(search: Study) -> dict[str, float]:
     """Share of the first objective's variance by key; empty with too few trials or one value."""
     from optuna.importance import get_param_importances
-    from optuna.trial import TrialState
 
-    complete = search.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    values = [cast(Sequence[float], trial.values)[0] for trial in complete]
+    values = [first_value(trial) for trial in complete(search)]
     if len(values) < 4 or max(values) == min(values):
         return {}
-    first: Callable[[FrozenTrial], float] = lambda trial: cast(Sequence[float], trial.values)[0]  # noqa: E731
-    return {key: float(share) for key, share in get_param_importances(search, target=first).items()}
+    return {key: float(share) for key, share in get_param_importances(search, target=first_value).items()}
 
 
-def show(study: StudyConfig, search: Study, best: FrozenTrial, console: Console) -> None:
+def show(study: StudyConfig, search: Study, console: Console) -> None:
     """The ten best trials on the development split, and which keys mattered."""
-    from optuna.trial import TrialState
-
-    sign = -1 if study.objectives[0].direction == "maximize" else 1
-    complete = search.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    ranked = sorted(complete, key=lambda trial: sign * cast(Sequence[float], trial.values)[0])
     table = Table(title=f"{study.name}: the ten best of {len(finished(search))} trials (development split)")
     for column in ("trial", *(objective.metric for objective in study.objectives), "values"):
         table.add_column(column)
-    for trial in ranked[:10]:
+    for trial in ranked(study, search)[:10]:
         values = [f"{value:.4g}" for value in cast(Sequence[float], trial.values)]
         table.add_row(str(trial.number), *values, _shown(trial.params))
     console.print(table)
@@ -395,17 +394,15 @@ def show(study: StudyConfig, search: Study, best: FrozenTrial, console: Console)
         console.print(f"  {share:4.0%} of the variance: {key}", highlight=False)
 
 
-def draw(study: StudyConfig, search: Study, folder: Path) -> list[Path]:
-    """Each searched key against the first objective, later trials brighter."""
+def draw(study: StudyConfig, search: Study, folder: Path) -> Path:
+    """A picture of each searched key against the first objective, later trials brighter."""
     from matplotlib.figure import Figure
-    from optuna.trial import TrialState
 
-    complete = search.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     keys = list(study.space)
     figure = Figure(figsize=(3.2 * len(keys), 3.2), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
-        shown = [trial for trial in complete if key in trial.params]
-        axes.scatter([trial.params[key] for trial in shown], [cast(Sequence[float], t.values)[0] for t in shown],
+        shown = [trial for trial in complete(search) if key in trial.params]
+        axes.scatter([trial.params[key] for trial in shown], [first_value(trial) for trial in shown],
                      c=[trial.number for trial in shown], cmap="viridis", s=18)  # fmt: skip
         axes.set_xlabel(key)
         if study.space[key].log:
@@ -413,4 +410,4 @@ def draw(study: StudyConfig, search: Study, folder: Path) -> list[Path]:
     figure.axes[0].set_ylabel(study.objectives[0].metric)
     path = folder / f"{study.name}-slices.png"
     figure.savefig(path, dpi=110)
-    return [path]
+    return path

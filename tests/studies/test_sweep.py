@@ -181,6 +181,7 @@ def test_the_winners_recipe_runs_and_mlflow_shows_every_trial(swept: tuple[Path,
     trials = [run for run in runs if "sicog.trial" in run.data.tags]
     assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {parent.info.run_id}
     complete = [run for run in trials if run.data.tags.get("sicog.state") == "complete"]
+    assert complete
     assert all("eval/mean/accuracy" in run.data.metrics for run in complete)
     assert {"tiny-sweep-best.yaml", "tiny-sweep-slices.png", "study.yaml", "importances.json"} <= {
         artifact.path for artifact in client.list_artifacts(parent.info.run_id)}  # fmt: skip
