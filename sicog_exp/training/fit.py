@@ -146,7 +146,8 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
 def runs_side_by_side(stage: StageConfig, model: ModelConfig) -> bool:
     """Whether each CPU core takes a micro-batch of its own.
 
-    Measured at the embedded size: 1.7x the samples/s of one core, where all cores on one micro-batch reach 1.1x.
+    Measured at the embedded size: 1.66x the rows/s of one core, where both cores on each micro-batch reach 0.81x
+    (benchmarks/2026-11-24-cores.md).
     """
     several = stage.micro_batch_size < stage.batch_size and model.threads > 1
     return several and model.torch_device == "cpu" and model.precision == "32-true"
