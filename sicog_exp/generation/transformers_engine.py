@@ -55,8 +55,8 @@ class _Prepared:
 class TransformersEngine:
     """Samples from an image-text-to-text model of transformers.
 
-    On a CPU, `threads` batches are computed side by side, a core each: 1.47 times one core's rate for chains of thought
-    at the embedded size, where both cores on each batch reach 0.88 (benchmarks/2026-11-24-cores.md). The candidates' bits
+    On a CPU, `threads` batches are computed side by side, a core each: 1.47 times one core's rate for chains
+    at the embedded size, where both cores on each batch reach 0.88 (benchmarks/2026-11-24-cores.md). Candidates' bits
     do not depend on `threads`. `busy_seconds` is the time for which callers waited.
     """
 
