@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,9 @@ def instruction_shares(recipe: Recipe) -> dict[str, float]:
 def mixture_shares(recipe: Recipe) -> dict[str, float]:
     """The pre-training mixture; without self-data its share goes to the annotated rows, text keeps its own."""
     mixture = recipe.mixture
-    own = mixture.self_caption + mixture.self_reasoning
     if recipe.self_data:
-        shares = {"self_caption": mixture.self_caption, "self_reasoning": mixture.self_reasoning}
-        return {**shares, "text": mixture.text, "annotated": mixture.annotated}
-    return {"text": mixture.text, "annotated": mixture.annotated + own}
+        return asdict(mixture)
+    return {"text": mixture.text, "annotated": sum(astuple(mixture)) - mixture.text}
 
 
 def self_data_module(

@@ -236,8 +236,10 @@ class MixtureConfig:
 
     self_caption: float = 0.25
     """Curated captions (CoD and DD rows)."""
-    self_reasoning: float = 0.5
-    """Curated answers (CoT and direct rows)."""
+    self_cot: float = 0.25
+    """Curated answers with their steps."""
+    self_direct: float = 0.25
+    """The same answers alone: short rows, of which a small share gives hardly any response tokens."""
     text: float = 0.05
     """Text-only instruction data, against forgetting."""
     annotated: float = 0.2

@@ -18,7 +18,7 @@ from sicog_exp.training.stages import MixtureData, TrainingTask
 
 GROUPS: dict[Group, tuple[Kind, Kind]] = {"caption": ("cod", "dd"), "reasoning": ("cot", "direct")}
 POOL_REVISION = 1
-CURATION_REVISION = 2
+CURATION_REVISION = 3
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def training_rows(curated: Mapping, images: tuple[str, ...]) -> Iterator[Record]
         responses[plain] = final
     for kind, response in responses.items():
         messages = conversation(prompt(kind, question), response, images)
-        yield Record(f"{curated['id']}:{kind}", messages, images, kind, f"self_{group}")
+        yield Record(f"{curated['id']}:{kind}", messages, images, kind, f"self_{group if group == 'caption' else kind}")
 
 
 def curate(task: CurationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:

@@ -83,8 +83,8 @@ def test_defect_the_chain_of_thought_is_lost() -> None:
     """The chosen response is kept whole, and its conclusion beside it as a direct answer."""
     row = {"id": "u1", "kind": "reasoning", "prompt": "What color?", "chosen": COT, "chosen_kind": "cot"}
     whole, plain = training_rows(row, ("1.png",))
-    assert (whole.id, whole.kind, whole.response, whole.source) == ("u1:cot", "cot", COT, "self_reasoning")
-    assert (plain.id, plain.kind, plain.response) == ("u1:direct", "direct", "red")
+    assert (whole.id, whole.kind, whole.response, whole.source) == ("u1:cot", "cot", COT, "self_cot")
+    assert (plain.id, plain.kind, plain.response, plain.source) == ("u1:direct", "direct", "red", "self_direct")
     assert whole.messages[0].content == "<image>\n" + prompt("cot", "What color?")
     (only,) = training_rows({**row, "chosen": "red", "chosen_kind": "direct"}, ("1.png",))
     assert only.kind == "direct"

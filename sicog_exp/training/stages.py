@@ -19,7 +19,7 @@ from sicog_exp.training.fit import StageData, StepBatches, fit
 from sicog_exp.training.modules import MultimodalPretraining, SupervisedFineTuning
 
 REVISION = 2
-SELF_SOURCES = ("self_caption", "self_reasoning")
+SELF_SOURCES = ("self_caption", "self_cot", "self_direct")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TrainingTask:
     stage: StageConfig
     model: ModelConfig
     shares: Mapping[str, float]
-    """Shares of the mixture by source: annotated, instruction, text, self_caption, self_reasoning."""
+    """Shares of the mixture by source: annotated, instruction, text, and SELF_SOURCES."""
     seed: int
     kinds: tuple[Kind, ...] = KINDS
     """Kinds of the annotated rows used; two generators take one half each."""

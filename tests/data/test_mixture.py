@@ -62,7 +62,7 @@ def test_shares_are_exact_over_a_pattern(shares: list[float], seed: int, turn: i
 
 
 def test_the_paper_mixture_is_exact() -> None:
-    shares = {"self_caption": 0.25, "self_reasoning": 0.5, "text": 0.05, "annotated": 0.2}
+    shares = {"self_caption": 0.25, "self_cot": 0.3, "self_direct": 0.2, "text": 0.05, "annotated": 0.2}
     mixture = Mixture([(Numbers(name, 7), share) for name, share in shares.items()], 3)
     assert Counter(row.source for row in mixture.rows(0, PATTERN)) == {n: PATTERN * s for n, s in shares.items()}
 
