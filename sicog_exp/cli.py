@@ -72,7 +72,12 @@ def _recipe_command(commands, name: str, default: str, summary: str, description
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Errors that a user can mend are one message, without a traceback; status 2."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may follow
+        from sicog_exp.completion import complete
+
+        complete(parser)
+    args = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "sweep": _sweep,
