@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Protocol
 
 WIDTH = 380
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 16, 40
@@ -37,6 +38,8 @@ class Series:
     name: str
     marks: tuple[Mark | None, ...]
     hollow: bool = False
+    color: str = ""
+    """The line's own colour; without one its marks have their generations'."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,19 @@ class DotRow:
     label: str
     marks: tuple[Mark | None, ...]
     prior: float | None = None
+
+
+class LineageNode(Protocol):
+    """A step in a lineage graph: its generation, name and fingerprint, and the fingerprints of what it read."""
+
+    @property
+    def generation(self) -> int: ...
+    @property
+    def step(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -146,8 +162,8 @@ def _dot(x: float, y: float, color: str, hollow: bool = False, hint: str = "", r
     return f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{radius}" style="fill:{color}">{title}</circle>'
 
 
-def _svg(height: float, label: str, parts: Iterable[str]) -> str:
-    return (f'<svg viewBox="0 0 {WIDTH} {_n(height)}" role="img" aria-label="{escape(label)}" '
+def _svg(height: float, label: str, parts: Iterable[str], width: float = WIDTH) -> str:
+    return (f'<svg viewBox="0 0 {_n(width)} {_n(height)}" role="img" aria-label="{escape(label)}" '
             f'font-family="system-ui,-apple-system,Segoe UI,Roboto,sans-serif">{"".join(parts)}</svg>')  # fmt: skip
 
 
@@ -212,11 +228,13 @@ def generation_curve(series: Sequence[Series], names: Sequence[str], label: str)
 
 def _curve(one: Series, shift: float, x: Scale, y: Scale) -> list[str]:
     places = [(i, x(i) + shift, mark) for i, mark in enumerate(one.marks) if mark]
-    parts = [_path([(px, y(100 * mark.mean)) for _, px, mark in places], MUTED, 1.5, "5 4" if one.hollow else "")]
+    line = [(px, y(100 * mark.mean)) for _, px, mark in places]
+    parts = [_path(line, one.color or MUTED, 1.5, "5 4" if one.hollow else "")]
     for i, px, mark in places:
-        parts.append(_line(px, y(100 * mark.low), px, y(100 * mark.high), generation_color(i), 2))
+        color = one.color or generation_color(i)
+        parts.append(_line(px, y(100 * mark.low), px, y(100 * mark.high), color, 2))
         hint = f"G{i} {one.name}: {_percent(mark)}"
-        parts.append(_dot(px, y(100 * mark.mean), generation_color(i), one.hollow, hint))
+        parts.append(_dot(px, y(100 * mark.mean), color, one.hollow, hint))
     return parts
 
 
@@ -445,6 +463,57 @@ def _stage_legend(stages: Sequence[str], left: float) -> tuple[list[str], float]
         parts += [_bar(place, y - 10, 11, 11, stage_color(index)), _text(place + 16, y, stage, color=INK)]
         place += width + 8
     return parts, y + 8
+
+
+BOX, BOX_HEIGHT, COLUMN, ROW = 168, 38, 232, 58
+"""A lineage graph's boxes and the distances between their left and upper edges."""
+
+
+def lineage(nodes: Sequence[LineageNode], label: str) -> str:
+    """A column of boxes per generation, in the order of work, and lines from what each step read."""
+    generations = sorted({node.generation for node in nodes})
+    place: dict[str, tuple[float, float]] = {}
+    filled = dict.fromkeys(generations, 0)
+    boxes: list[str] = []
+    for node in nodes:
+        if node.fingerprint not in place:
+            x = 2.0 + COLUMN * generations.index(node.generation)
+            y = 2.0 + ROW * filled[node.generation]
+            filled[node.generation] += 1
+            place[node.fingerprint] = x, y
+            boxes += _node(node, x, y)
+    lines = [_link(place[source], place[node.fingerprint]) for node in nodes for source in node.inputs
+             if source in place and not _is_data(source, nodes)]  # fmt: skip
+    width, height = COLUMN * len(generations) - (COLUMN - BOX) + 4, ROW * max(filled.values(), default=1)
+    return _svg(height, label, lines + boxes, width)
+
+
+def _is_data(fingerprint: str, nodes: Sequence[LineageNode]) -> bool:
+    return any(node.fingerprint == fingerprint and node.step == "data" for node in nodes)
+
+
+def _node(node: LineageNode, x: float, y: float) -> list[str]:
+    box = (f'<rect x="{_n(x)}" y="{_n(y)}" width="{BOX}" height="{BOX_HEIGHT}" rx="6" stroke-width="1.5" '
+           f'style="fill:{PAPER};stroke:{generation_color(node.generation)}"/>')  # fmt: skip
+    return [box, _text(x + 9, y + 16, f"G{node.generation} {node.step}", color=INK, bold=True),
+            _text(x + 9, y + 31, node.fingerprint[:10], size=10.5)]  # fmt: skip
+
+
+def _link(source: tuple[float, float], target: tuple[float, float]) -> str:
+    """Down to the next box of a column, round the boxes between, or across to a later column."""
+    (x1, y1), (x2, y2) = source, target
+    if x1 == x2:
+        if y2 - y1 == ROW:
+            return _line(x1 + BOX / 2, y1 + BOX_HEIGHT, x2 + BOX / 2, y2, MUTED, 1.5)
+        start, end, bend = (x1 + BOX, y1 + BOX_HEIGHT / 2), (x2 + BOX, y2 + BOX_HEIGHT / 2), 26 + (y2 - y1) / 24
+        curve = f"M{_n(start[0])},{_n(start[1])} C{_n(start[0] + bend)},{_n(start[1])} "
+        curve += f"{_n(end[0] + bend)},{_n(end[1])} {_n(end[0])},{_n(end[1])}"
+    else:
+        start, end = (x1 + BOX, y1 + BOX_HEIGHT / 2), (x2, y2 + BOX_HEIGHT / 2)
+        middle = end[0] - (COLUMN - BOX) / 2
+        curve = f"M{_n(start[0])},{_n(start[1])} C{_n(middle)},{_n(start[1])} {_n(middle)},{_n(end[1])} "
+        curve += f"{_n(end[0])},{_n(end[1])}"
+    return f'<path d="{curve}" fill="none" stroke-width="1.5" style="stroke:{MUTED}"/>'
 
 
 def duration(seconds: float) -> str:

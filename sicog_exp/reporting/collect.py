@@ -7,11 +7,12 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 from sicog_exp.curation.curate import Group
 from sicog_exp.curation.diagnosis import Diagnosis, Truth, diagnose, final_of, quality, read_truth
@@ -19,10 +20,11 @@ from sicog_exp.data.images import open_image
 from sicog_exp.evaluation import compare
 from sicog_exp.evaluation.benchmarks import Sample as Answered
 from sicog_exp.evaluation.benchmarks import read_samples
-from sicog_exp.prompts import normalize_answer
+from sicog_exp.prompts import KINDS, Kind, normalize_answer, question_of
 from sicog_exp.recipe import Recipe, to_yaml
 from sicog_exp.records import read_jsonl, read_records
 from sicog_exp.reporting.report import (
+    Answer,
     BestScore,
     Cost,
     CostRow,
@@ -31,12 +33,16 @@ from sicog_exp.reporting.report import (
     Delta,
     FamilyScore,
     GenerationScores,
+    Node,
+    Question,
     ReportData,
     Sample,
     SampleCandidate,
     TaskScore,
 )
 from sicog_exp.store import Artifact
+
+T = TypeVar("T")
 
 GALLERY_SIZE = 24
 SMALL, LARGE, ENLARGED = 128, 256, 3
@@ -83,6 +89,8 @@ def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact
         curation=tuple(_curation(i, curated, lineage.data) for i, curated in enumerate(lineage.curated)),
         cost=Cost(_cost_rows(done), orchestration_share, _device(recipe, lineage.generations[-1].scores)),
         gallery=_gallery(recipe, lineage) if lineage.curated else (),
+        questions=_questions(recipe, lineage),
+        lineage=_nodes(done),
         notes=tuple(_notes(recipe, lineage, generations[-1])),
     )
 
@@ -222,6 +230,15 @@ def _cost_row(generation: int, artifact: Artifact) -> CostRow:
                    facts.get("peak_mb"), artifact.cached)  # fmt: skip
 
 
+def _nodes(done: Sequence[tuple[int, Artifact]]) -> tuple[Node, ...]:
+    """The steps in the order of work; one that several generations read belongs to the first."""
+    first: dict[str, Node] = {}
+    for generation, artifact in done:
+        inputs = tuple(artifact.manifest["inputs"].values())
+        first.setdefault(artifact.fingerprint, Node(generation, artifact.name, artifact.fingerprint, inputs))
+    return tuple(first.values())
+
+
 def _device(recipe: Recipe, artifact: Artifact) -> str:
     if recipe.model.torch_device != "cuda":
         return f"{recipe.model.threads} CPU threads ({artifact.manifest['machine']})"
@@ -252,18 +269,44 @@ def _gallery(recipe: Recipe, lineage: Lineage) -> tuple[Sample, ...]:
         png = _png(lineage.data.path, image, recipe.data.max_pixels) if image else None
         question = verdict["prompt"] if verdict["kind"] == "reasoning" else ""
         samples.append(Sample(id, iteration, verdict["kind"], verdict["kept"], candidates, question,
-                              truth.text if truth else None, png))  # fmt: skip
+                              truth.text if truth else None, png, truth.family if truth else ""))  # fmt: skip
     return tuple(samples)
+
+
+def _questions(recipe: Recipe, lineage: Lineage) -> tuple[Question, ...]:
+    """Benchmark questions with all generations' answers, drawn by the recipe's seed: changes and tasks in turn."""
+    answered = [{(s.task, s.id): s for s in read_samples(g.scores.path)} for g in lineage.generations]
+    asked = sorted(set.intersection(*(set(one) for one in answered)))
+    made = [_question([one[key] for one in answered], lineage) for key in asked]
+    drawn = _in_turn(made, lambda q: (q.change, q.task, q.format), recipe.seed)
+    root, pictures = lineage.data.path, {key: answered[0][key].image for key in asked}
+    return tuple(replace(q, png=_picture(root, pictures[q.task, q.id], recipe.data.max_pixels)) for q in drawn)
+
+
+def _question(samples: Sequence[Answered], lineage: Lineage) -> Question:
+    first = samples[0]
+    answers = tuple(Answer(g.index, s.answer, s.correct == 1) for g, s in zip(lineage.generations, samples))
+    asked = question_of(cast(Kind, first.format), first.prompt) if first.format in KINDS else first.prompt
+    return Question(first.id, first.task, first.format, first.family, asked, first.target, answers)
+
+
+def _picture(root: Path, name: str, max_pixels: int) -> bytes | None:
+    """The picture of a question, where it is one of the data set's own."""
+    return _png(root, name, max_pixels) if name and (root / name).is_file() else None
 
 
 def _drawn(verdicts: list[dict[str, Any]], seed: int, size: int = GALLERY_SIZE) -> list[dict[str, Any]]:
     """As many of every group and outcome as there are; one that runs out leaves its room to the others."""
-    random.Random(seed).shuffle(verdicts)
-    cells: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
-    for verdict in verdicts:
-        cells[verdict["kind"], not verdict["kept"]].append(verdict)
-    rounds = zip_longest(*(cells[cell] for cell in sorted(cells)))
-    return [verdict for turn in rounds for verdict in turn if verdict is not None][:size]
+    return _in_turn(verdicts, lambda verdict: (verdict["kind"], not verdict["kept"]), seed, size)
+
+
+def _in_turn(items: Sequence[T], cell: Callable[[T], Any], seed: int, size: int = GALLERY_SIZE) -> list[T]:
+    """`size` items in an order drawn by the seed, one of every cell in turn."""
+    cells: dict[Any, list[T]] = defaultdict(list)
+    for item in random.Random(seed).sample(items, len(items)):
+        cells[cell(item)].append(item)
+    rounds = zip_longest(*(cells[name] for name in sorted(cells)))
+    return [item for turn in rounds for item in turn if item is not None][:size]
 
 
 def _candidates(verdict: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], scores: Sequence[float | None],

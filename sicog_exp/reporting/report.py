@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, with_config
+
 from sicog_exp.prompts import KINDS, final_text
 from sicog_exp.reporting import charts
 
-GALLERY_BYTES = 6_000_000
-"""Room for the gallery's pictures and texts; samples beyond it are counted on the page, not shown."""
+GALLERY_BYTES, QUESTION_BYTES = 5_000_000, 2_000_000
+"""Room for the pictures and texts of samples and of questions; what is beyond it is left out, samples are counted."""
 TEXT_LIMIT = 6_000
 """Characters shown of one candidate."""
 
@@ -162,8 +164,49 @@ class Sample:
     question: str = ""
     truth: str | None = None
     png: bytes | None = None
+    family: str = ""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What one generation answered to a benchmark question."""
+
+    generation: int
+    text: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """One benchmark question with the answers of all generations, the first one first."""
+
+    id: str
+    task: str
+    format: str
+    family: str
+    question: str
+    target: str
+    answers: tuple[Answer, ...]
+    png: bytes | None = None
+
+    @property
+    def change(self) -> str:
+        """From the first generation to the last: `gained`, `lost`, `right` or `wrong` throughout."""
+        first, last = self.answers[0].correct, self.answers[-1].correct
+        return ("right" if last else "wrong") if first == last else "gained" if last else "lost"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step of the lineage; `inputs` are the fingerprints of the steps that it read."""
+
+    generation: int
+    step: str
+    fingerprint: str
+    inputs: tuple[str, ...] = ()
+
+
+@with_config(ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants"))
 @dataclass(frozen=True)
 class ReportData:
     """Everything that a report shows. Empty parts leave their section out or say that nothing was recorded."""
@@ -180,7 +223,19 @@ class ReportData:
     curation: tuple[Curation, ...] = ()
     cost: Cost | None = None
     gallery: tuple[Sample, ...] = ()
+    questions: tuple[Question, ...] = ()
+    lineage: tuple[Node, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def to_json(data: ReportData) -> bytes:
+    """The data as JSON, pictures in base64: what a report is drawn from again on another machine."""
+    return TypeAdapter(ReportData).dump_json(data)
+
+
+def from_json(text: bytes) -> ReportData:
+    """The data of `to_json`. Raises pydantic.ValidationError for JSON of another shape."""
+    return TypeAdapter(ReportData).validate_json(text)
 
 
 def write_report(data: ReportData, path: Path) -> None:
@@ -190,6 +245,11 @@ def write_report(data: ReportData, path: Path) -> None:
 
 def render(data: ReportData) -> str:
     """The report's HTML."""
+    return draw("report.html", data=data, **_view(data))
+
+
+def draw(template: str, **shown: Any) -> str:
+    """A page of this folder's templates."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     home = Path(__file__).parent
@@ -199,12 +259,13 @@ def render(data: ReportData) -> str:
     environment.filters.update(percent=percent, points=points, p_value=p_value, si=si, duration=charts.duration,
                                format_name=format_name)  # fmt: skip
     style = (home / "report.css").read_text(encoding="utf-8")
-    return environment.get_template("template.html").render(data=data, style=_safe(style), **_view(data))
+    return environment.get_template(template).render(style=safe(style), **shown)
 
 
 def _view(data: ReportData) -> dict[str, Any]:
     """What the template shows beside the data itself."""
     samples = _fitting(data.gallery, GALLERY_BYTES)
+    questions = _fitting_questions(data.questions, QUESTION_BYTES)
     return {
         "verdict": verdict(data),
         "headline": [(delta, *_means(data, delta)) for delta in _headline(data)],
@@ -215,8 +276,37 @@ def _view(data: ReportData) -> dict[str, Any]:
         "cost": _cost(data.cost),
         "samples": [_sample(sample) for sample in samples],
         "left_out": len(data.gallery) - len(samples),
-        "groups": list(dict.fromkeys(sample.group for sample in samples)),
-    }
+        "facets": facets("sample", ("Group", [s.group for s in samples]), ("Family", [s.family for s in samples]),
+                         ("Outcome", ["kept" if s.kept else "set aside" for s in samples])),
+        "questions": [(one, _image(one.png)) for one in questions],
+        "question_facets": facets("question", ("Change", [q.change for q in questions]),
+                                  ("Task", [q.task for q in questions]),
+                                  ("Format", [format_name(q.format) for q in questions]),
+                                  ("Family", [q.family for q in questions])),
+        "lineage": safe(charts.lineage(data.lineage, f"Steps of {data.name} and what each one read"))
+                   if data.lineage else "",
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Facet:
+    """One filter of a gallery: its values and, item by item, the number of the item's own (None for none)."""
+
+    name: str
+    legend: str
+    values: tuple[str, ...]
+    of: tuple[int | None, ...]
+
+
+def facets(gallery: str, *given: tuple[str, Sequence[str]]) -> list[Facet]:
+    """The filters that tell items apart; one whose items are all alike is left out."""
+    made = []
+    for legend, values in given:
+        known = tuple(sorted({value for value in values if value}))
+        if len(known) > 1:
+            of = tuple(known.index(value) if value else None for value in values)
+            made.append(Facet(f"{gallery}-{legend.lower()}", legend, known, of))
+    return made
 
 
 # The words.
@@ -318,7 +408,7 @@ def _curve(data: ReportData, task: str) -> dict[str, Any]:
     names = [f"G{generation.index}" for generation in data.generations]
     svg = charts.generation_curve(series, names, f"Score on {task} over generations {', '.join(names)}")
     rows = [(f, found, next(score.n for score in found if score)) for f, found in scores.items()]
-    return {"task": task, "svg": _safe(svg), "rows": rows, "names": names}
+    return {"task": task, "svg": safe(svg), "rows": rows, "names": names}
 
 
 def _generation_of(name: str) -> int | None:
@@ -333,7 +423,7 @@ def _forest(data: ReportData, task: str) -> dict[str, Any]:
         )
         for d in deltas
     ]
-    return {"task": task, "svg": _safe(charts.forest(rows, f"Paired differences on {task}")), "deltas": deltas}
+    return {"task": task, "svg": safe(charts.forest(rows, f"Paired differences on {task}")), "deltas": deltas}
 
 
 def _families(data: ReportData, task: str, answer_format: str) -> dict[str, Any]:
@@ -349,7 +439,7 @@ def _families(data: ReportData, task: str, answer_format: str) -> dict[str, Any]
         dots, indices, f"{task}, {format_name(answer_format)}: score per question family and blind prior"
     )
     shown = [(name, found, _prior(found)) for name, found in rows]
-    return {"task": task, "format": answer_format, "svg": _safe(svg), "rows": shown, "indices": indices}
+    return {"task": task, "format": answer_format, "svg": safe(svg), "rows": shown, "indices": indices}
 
 
 def _prior(found: Sequence[FamilyScore | None]) -> float | None:
@@ -369,7 +459,7 @@ def _curation_charts(curation: Curation, group: CurationGroup) -> dict[str, Any]
         drawn.append((title, charts.quality_by_score(known, f"Quality by score, {name}")))
     reached = [quality for score, quality in known if score >= group.threshold]
     quality = sum(reached) / len(reached) if reached else None
-    return {"group": group, "charts": [(t, _safe(svg)) for t, svg in drawn if scores], "quality": quality}
+    return {"group": group, "charts": [(t, safe(svg)) for t, svg in drawn if scores], "quality": quality}
 
 
 def _cost(cost: Cost | None) -> dict[str, Any] | None:
@@ -387,7 +477,7 @@ def _cost(cost: Cost | None) -> dict[str, Any] | None:
         max((r.peak_mb for r in cost.rows if r.peak_mb is not None), default=None),
     )
     return {
-        "svg": _safe(charts.cost_bars(bars, "Wall time per generation by stage")),
+        "svg": safe(charts.cost_bars(bars, "Wall time per generation by stage")),
         "rows": cost.rows,
         "total": total,
         "share": cost.orchestration_share,
@@ -415,9 +505,22 @@ def _fitting(samples: Sequence[Sample], room: int) -> list[Sample]:
     return shown
 
 
+def _fitting_questions(questions: Sequence[Question], room: int) -> list[Question]:
+    shown = []
+    for one in questions:
+        room -= 4 * len(one.png or b"") // 3 + sum(2 * len(a.text) for a in one.answers) + 2000
+        if room < 0:
+            break
+        shown.append(one)
+    return shown
+
+
 def _sample(sample: Sample) -> dict[str, Any]:
-    image = base64.b64encode(sample.png).decode() if sample.png else None
-    return {"sample": sample, "image": image, "candidates": [_candidate(c) for c in sample.candidates]}
+    return {"sample": sample, "image": _image(sample.png), "candidates": [_candidate(c) for c in sample.candidates]}
+
+
+def _image(png: bytes | None) -> str | None:
+    return base64.b64encode(png).decode() if png else None
 
 
 def _candidate(candidate: SampleCandidate) -> dict[str, Any]:
@@ -428,7 +531,7 @@ def _candidate(candidate: SampleCandidate) -> dict[str, Any]:
     return {"of": candidate, "text": text, "final": brief, "more": brief != text.strip()}
 
 
-def _safe(text: str) -> Any:
+def safe(text: str) -> Any:
     """Mark text that this package wrote (its charts escape what they are given) as ready for the page."""
     from markupsafe import Markup
 

@@ -112,6 +112,24 @@ def gallery() -> tuple[r.Sample, ...]:
     return tuple(samples)
 
 
+def questions() -> tuple[r.Question, ...]:
+    outcomes = ((False, False, True), (True, False, False), (True, True, True), (False, True, False))
+    return tuple(
+        r.Question(f"benchmark-{i:03d}", "world", ("direct", "cot")[i % 2], FAMILIES[i % 3], f"What is {i}?", "red",
+                   tuple(r.Answer(g, "red" if right else "", right) for g, right in enumerate(rights)), picture(i))
+        for i, rights in enumerate(outcomes * 2)
+    )  # fmt: skip
+
+
+def lineage() -> tuple[r.Node, ...]:
+    nodes = [r.Node(0, "data", "d0"), r.Node(0, "base", "b0"), r.Node(0, "instruct", "i0", ("b0", "d0"))]
+    for g in (1, 2):
+        before = "i0" if g == 1 else "p1"
+        nodes += [r.Node(g, "generate", f"g{g}", (before, "d0")), r.Node(g, "curate", f"c{g}", (f"g{g}", "g1")),
+                  r.Node(g, "pretrain", f"p{g}", (f"c{g}", "b0", "d0"))]  # fmt: skip
+    return tuple(nodes)
+
+
 def demo() -> r.ReportData:
     formats = (("direct", 0.41, 0.06), ("cot", 0.38, 0.075))
     easy = (("direct", 0.36, 0.006), ("cot", 0.33, -0.017))
@@ -140,6 +158,8 @@ def demo() -> r.ReportData:
         (curation(0), curation(1)),
         cost(),
         gallery(),
+        questions(),
+        lineage(),
         (
             "Curated data beat a random candidate by no more than noise on world (cot).",
             "One seed: seed noise is not in the intervals.",
@@ -196,7 +216,7 @@ def test_the_page_is_well_formed_and_accessible():
 def test_charts_are_well_formed_xml_inside_their_frame():
     page = r.render(demo())
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(drawings) == 2 + 2 + 2 + 2 * 6 + 1
+    assert len(drawings) == 2 + 2 + 2 + 2 * 6 + 1 + 1
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
         width, height = map(float, root.attrib["viewBox"].split()[2:])
@@ -366,3 +386,28 @@ def test_small_words():
     assert [charts.duration(s) for s in (3.21, 65, 7260)] == ["3.2 s", "1 min 05 s", "2 h 01 min"]
     assert [r.si(v) for v in (None, 950, 1_234_567, 2.5e13)] == ["\N{EN DASH}", "950", "1.2 M", "25.0 T"]
     assert [r.p_value(p) for p in (None, 0.0004, 0.0421)] == ["\N{EN DASH}", "<0.001", "0.042"]
+
+
+def test_a_report_is_drawn_again_from_its_json() -> None:
+    data = demo()
+    again = r.from_json(r.to_json(data))
+    assert again == data
+    assert r.render(again) == r.render(data)
+
+
+def test_a_gallery_filters_by_what_tells_its_items_apart() -> None:
+    given = ("Change", ["lost", "gained", "lost"]), ("Task", ["world"] * 3), ("Family", ["a", "", "b"])
+    made = r.facets("question", *given)
+    assert [(f.name, f.values, f.of) for f in made] == [
+        ("question-change", ("gained", "lost"), (1, 0, 1)), ("question-family", ("a", "b"), (0, None, 1))]  # fmt: skip
+    page = r.render(demo())
+    assert ".gallery:has(#question-change-0:checked) article:not(.question-change-0)" in page
+    assert [q.change for q in questions()[:4]] == ["gained", "lost", "right", "wrong"]
+
+
+def test_the_lineage_graph_links_what_was_read_except_the_data() -> None:
+    drawing = ElementTree.fromstring(charts.lineage(lineage(), "Lineage"))
+    read = [node for node in lineage() for source in node.inputs if source != "d0"]
+    lines = [part for part in drawing if part.tag in ("line", "path")]
+    assert len(lines) == len(read)
+    assert sum(part.tag == "rect" for part in drawing) == len(lineage())
