@@ -16,9 +16,10 @@ from sicog_exp.progress import Display
 from sicog_exp.recipe import Recipe, RecipeError, StageConfig
 from sicog_exp.runner import Runner
 from sicog_exp.store import Artifact, Step, Store, Workplace
-from sicog_exp.tracking import Tracker, mark_no_op
+from sicog_exp.tracking import Tracker, mark_no_op, table_link
 
 SUMMARY, REPORT = "summary.json", "report.html"
+MEAN_ACCURACY = "accuracy/mean"
 REVISION = 1
 REPRODUCE = "sicog iterate recipe.yaml   # the resolved recipe, logged with the run"
 # Seconds of work relative to one training sample, measured on the embedded default; for the estimate alone.
@@ -79,11 +80,14 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
     for generation, table in zip(lineage.generations, tables, strict=True):
         curated = lineage.curated[generation.index - 1] if generation.index and lineage.curated else None
         known = collect.curation_metrics(curated, lineage.data) if curated else {}
-        tracker.log_generation(generation.index, compare.metrics(table) | known)
+        scores = compare.metrics(table)
+        tracker.log_generation(generation.index, headline(scores) | scores | known)
+        tracker.log_origin(generation.index, origin(lineage, runner, generation.index))
         tracker.register(generation.index, generation.model)
         tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
     summary: dict[str, Any] = {
         "run_id": tracker.run_id,
+        "experiment_id": tracker.experiment_id,
         "wall_seconds": wall,
         "orchestration_share": orchestration_share(runner, wall),
         "champion": compare.champion(scored, resamples),
@@ -105,12 +109,34 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
         tracker.log_file(workplace.directory / name)
 
 
+def headline(scores: Mapping[str, float]) -> dict[str, float]:
+    """`accuracy/<task>` and their mean: the group of charts that the UI, which sorts by name, shows first."""
+    parts = [(name.split("/"), value) for name, value in scores.items()]
+    means = {f"accuracy/{part[1]}": value for part, value in parts if len(part) == 3 and part[2] == "accuracy"}
+    return {MEAN_ACCURACY: sum(means.values()) / len(means), **means}
+
+
+def origin(lineage: loop.Lineage, runner: Runner, index: int) -> dict[str, str]:
+    """What a generation was made of: folders of the store, and digests of what curated rows and weights hold."""
+    folders = {artifact.fingerprint: artifact.path.name for _, artifact in runner.done}
+    base = next(artifact for _, artifact in runner.done if artifact.name == "base")
+    model = lineage.generations[index].model
+    known = {"base": base.path.name, "data": lineage.data.path.name, "model": model.path.name, "weights": model.content}
+    if index and lineage.curated:
+        curated = lineage.curated[index - 1]
+        inputs = curated.manifest["inputs"]
+        pools = [folders[inputs[name]] for name in sorted(inputs) if name.startswith("pool")]
+        known |= {"pools": " ".join(pools), "curated": curated.path.name, "curated_digest": curated.content}
+    return known
+
+
 def log_datasets(recipe: Recipe, lineage: loop.Lineage, tracker: Tracker) -> None:
     """The split that each generation was scored on and, from G1 on, the self-generated rows it was pre-trained on."""
     from sicog_exp.records import read_records
 
     split = recipe.evaluation.split
     scored_rows = len(read_records(lineage.data / f"{split}.parquet"))
+    tracker.log_dataset(tracker.run_id, split, lineage.data, "evaluation", scored_rows)
     for generation in lineage.generations:
         run_id = tracker.generation(generation.index)
         tracker.log_dataset(run_id, split, lineage.data, "evaluation", scored_rows)
@@ -190,6 +216,9 @@ def show(finished: Artifact, console: Console) -> None:
     console.print(f"orchestration: {share:.0%} of {wall:.0f} s", highlight=False)
     console.print(f"report: {finished / REPORT}", highlight=False)
     console.print(f"MLflow run {summary['run_id']}; open the UI with `make ui` (127.0.0.1:5000)", highlight=False)
+    if "experiment_id" in summary:
+        table_of = table_link(summary["experiment_id"], MEAN_ACCURACY)
+        console.print(f"all generations, best first: http://127.0.0.1:5000/{table_of}", highlight=False)
 
 
 def _cell(score: Mapping[str, float]) -> str:

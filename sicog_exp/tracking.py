@@ -7,9 +7,12 @@ given, and a surrounding `mlflow run` cannot take each other's runs.
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 PARENT, NAME, SOURCE = "mlflow.parentRunId", "mlflow.runName", "mlflow.source.name"
+COMMIT = "mlflow.source.git.commit"
 PARAMETER_LIMIT = 6000
 """MLflow cuts longer parameters silently; a longer one is left to the logged recipe."""
 
@@ -65,24 +69,63 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+@lru_cache(maxsize=1)
+def code_version() -> dict[str, str]:
+    """`package`: the package's version; `commit`, where it runs from its own checkout; `changed`: files that differ."""
+    here = Path(__file__).resolve()
+    known = {"package": version("sicog-exp")}
+    if _git(here.parent, "ls-files", here.name):  # not a checkout that merely holds our installation
+        known["commit"] = _git(here.parent, "rev-parse", "HEAD")
+        known["changed"] = str(len(_git(here.parent, "status", "--porcelain", "--untracked-files=no").splitlines()))
+    return known
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints, nothing without a git or a repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def table_link(experiment_id: str, metric: str) -> str:
+    """Where the UI shows all generations of an experiment, the best by `metric` first."""
+    from urllib.parse import quote
+
+    chosen = {"searchFilter": "tags.`sicog.level` = 'generation'", "orderByKey": f"metrics.`{metric}`"}
+    query = "&".join(f"{name}={quote(value, safe='')}" for name, value in chosen.items())
+    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&orderByAsc=false&{query}"
+
+
 class Tracker:
     """The runs of one experiment; those of a study's trial stand under the study's run."""
 
-    def __init__(self, recipe: Recipe, study_run: str = "") -> None:
+    def __init__(self, recipe: Recipe, study_run: str = "", name: str = "") -> None:
         self.recipe = recipe
         self.client = connect(recipe.tracking)
+        self.name = name or f"s{recipe.seed} {recipe.name}"
+        """Names the run, and its generations after their number: lists, which cut names, mix those of many runs."""
         if study_run:
             self.experiment_id = self.client.get_run(study_run).info.experiment_id
-            self.run_id = self._child(study_run, recipe.name, "experiment")
+            self.run_id = self._child(study_run, self.name, "experiment")
         else:
-            self.run_id, self.experiment_id = open_run(self.client, recipe.tracking, recipe.name, "sicog iterate")
+            self.run_id, self.experiment_id = open_run(self.client, recipe.tracking, self.name, "sicog iterate")
         self._generations: dict[int, str] = {}
         self._log_recipe()
 
     def _log_recipe(self) -> None:
         self.client.log_text(self.run_id, to_yaml(self.recipe), "recipe.yaml")
         self._log_params(self.run_id, flat(asdict(self.recipe)))
-        self.client.set_tag(self.run_id, "sicog.level", "experiment")
+        for tag, value in {"sicog.level": "experiment", "sicog.recipe": self.recipe.name, **self._made_with()}.items():
+            self.client.set_tag(self.run_id, tag, value)
+
+    @staticmethod
+    def _made_with() -> dict[str, str]:
+        """The code, for our own search and in MLflow's words."""
+        code = code_version()
+        tags = {f"sicog.code.{name}": value for name, value in code.items()}
+        return tags | ({COMMIT: code["commit"]} if "commit" in code else {})
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -99,12 +142,21 @@ class Tracker:
         return run.info.run_id
 
     def generation(self, index: int) -> str:
-        """The run of generation `index`, made when first asked for."""
+        """The run of generation `index`, made when first asked for. It repeats the recipe, so that the UI's comparison
+        of any two generations shows how their recipes differ."""
         if index not in self._generations:
-            run = self._child(self.run_id, f"G{index}", "generation", **{"sicog.generation": str(index)})
+            tags = {"sicog.generation": str(index), SOURCE: "sicog iterate", **self._made_with()}
+            run = self._child(self.run_id, f"G{index} {self.name}", "generation", **tags)
             self._generations[index] = run
-            self._log_params(run, {"generation": index, "recipe": self.recipe.name, "seed": self.recipe.seed})
+            known = {"generation": index, "recipe": self.recipe.name}
+            known |= {"parent_generation": f"G{index - 1}"} if index else {}
+            known |= {f"code.{name}": value for name, value in code_version().items()}
+            self._log_params(run, {**known, **flat(asdict(self.recipe))})
         return self._generations[index]
+
+    def log_origin(self, index: int, origin: Mapping[str, str]) -> None:
+        """What a finished generation was made of."""
+        self._log_params(self.generation(index), {f"origin.{name}": value for name, value in origin.items()})
 
     def start_step(self, step: Step, generation: int) -> str:
         """A run for a step that is about to run."""
@@ -158,6 +210,17 @@ class Tracker:
         run_id = self.run_id if generation is None else self.generation(generation)
         self.client.log_artifact(run_id, str(path), folder)
 
+    def describe(self, index: int) -> tuple[str, dict[str, str]]:
+        """(description, tags) of generation `index`'s model: the way back to its run, and what it was made of."""
+        run = self.client.get_run(self.generation(index)).data
+        keys = [name for name in run.params if name.split(".")[0] in ("recipe", "seed", "generation", "origin", "code")]
+        runs = f"#/experiments/{self.experiment_id}/runs"
+        lines = [f"Generation {index} of [{self.name}]({runs}/{self.run_id}): "
+                 f"[its run, with scores and data sets]({runs}/{self.generation(index)}).", ""]  # fmt: skip
+        lines += [f"- {name}: `{run.params[name]}`" for name in sorted(keys)]
+        tags = {f"sicog.{name}": run.params[name] for name in keys}
+        return "\n".join(lines), {**tags, "sicog.run": self.generation(index), "sicog.parent_run": self.run_id}
+
     def register(self, index: int, artifact: Artifact) -> None:
         """Log generation `index`'s model and register it with the alias gen-<index>."""
         if not self.recipe.tracking.register:
@@ -166,7 +229,8 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         run_id, name = self.generation(index), f"sicog-{self.recipe.name}"
-        tags = {"sicog.fingerprint": artifact.fingerprint, "sicog.weights": artifact.content}
+        description, tags = self.describe(index)
+        tags |= {"sicog.fingerprint": artifact.fingerprint, "sicog.weights": artifact.content}
         model = mlflow.initialize_logged_model(name=f"G{index}", source_run_id=run_id, tags=tags,
                                                experiment_id=self.experiment_id)  # fmt: skip
         self.client.log_model_artifacts(model.model_id, str(artifact.path))
@@ -177,7 +241,7 @@ class Tracker:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         version = self.client.create_model_version(name, f"models:/{model.model_id}", run_id, tags=tags,
-                                                   model_id=model.model_id)  # fmt: skip
+                                                   model_id=model.model_id, description=description)  # fmt: skip
         self.client.set_registered_model_alias(name, f"gen-{index}", version.version)
 
     def promote(self, index: int) -> None:

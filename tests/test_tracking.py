@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from sicog_exp import tracking
+from sicog_exp.experiment import headline
 from sicog_exp.models.loading import ModelSource, load_model, save_model
 from sicog_exp.progress import Display
 from sicog_exp.recipe import Recipe, TrackingConfig, load
 from sicog_exp.runner import Runner
 from sicog_exp.store import Artifact, Step, Store, Workplace
-from sicog_exp.tracking import PARAMETER_LIMIT, PARENT, Tracker, flat
+from sicog_exp.tracking import PARAMETER_LIMIT, PARENT, Tracker, code_version, flat
 
+ORIGIN = [{"base": "base-1", "model": "instruct-0"}, {"base": "base-1", "pools": "caption-2 reasoning-3"}]
 METRICS = [{"eval/world/accuracy": 0.4, "eval/world/low": 0.3}, {"eval/world/accuracy": 0.5, "eval/world/low": 0.4}]
 
 
@@ -59,6 +64,7 @@ class Experiment:
             self.runner.generation = index
             self.models.append(self.runner.run(Step("instruct", train, {"g": index}, {"data": self.data}, index)))
             self.tracker.log_generation(index, METRICS[index])
+            self.tracker.log_origin(index, ORIGIN[index])
             self.tracker.register(index, self.models[index])
             self.tracker.log_dataset(self.tracker.generation(index), "self-data", self.data, "training", 3)
         self.tracker.promote(1)
@@ -82,7 +88,8 @@ def test_parent_generations_and_steps(experiment: Experiment) -> None:
     generations = experiment.children(parent.info.run_id)
     assert parent.data.tags["sicog.level"] == "experiment"
     assert PARENT not in parent.data.tags
-    assert [run.info.run_name for run in generations] == ["G0", "G1"]
+    assert parent.info.run_name == "s0 tracked"
+    assert [run.info.run_name for run in generations] == ["G0 s0 tracked", "G1 s0 tracked"]
     assert {run.data.tags["sicog.level"] for run in generations} == {"generation"}
     steps = [experiment.children(run.info.run_id) for run in generations]
     assert [[run.info.run_name for run in group] for group in steps] == [["G0 data", "G0 instruct"], ["G1 instruct"]]
@@ -111,6 +118,37 @@ def test_metrics_have_the_same_names_on_generation_and_parent(experiment: Experi
     for name in METRICS[0]:
         history = experiment.client.get_metric_history(experiment.tracker.run_id, name)
         assert [(point.step, point.value) for point in history] == [(i, METRICS[i][name]) for i in (0, 1)]
+
+
+def test_a_generation_tells_where_it_comes_from(experiment: Experiment) -> None:
+    """Two generations of different arms are told apart, and compared, by their own parameters."""
+    first, second = (run.data for run in experiment.children(experiment.tracker.run_id))
+    for run, origin in zip((first, second), ORIGIN, strict=True):
+        assert {f"origin.{name}": value for name, value in origin.items()}.items() <= run.params.items()
+        known = {"recipe": "tracked", "seed": "0", "curation.encoder": experiment.recipe.curation.encoder}
+        assert known.items() <= run.params.items()
+        assert run.params["code.package"] == version("sicog-exp")
+    assert "parent_generation" not in first.params
+    assert second.params["parent_generation"] == "G0"
+
+
+def test_the_code_s_commit_is_known_in_a_checkout_of_it_alone(experiment: Experiment, monkeypatch: Any) -> None:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(tracking.__file__).parent, text=True,
+                          capture_output=True, check=True).stdout.strip()  # fmt: skip
+    parent = experiment.client.get_run(experiment.tracker.run_id).data
+    assert parent.tags["sicog.code.commit"] == parent.tags["mlflow.source.git.commit"]
+    assert code_version()["commit"] == head
+    assert code_version()["changed"].isdigit()
+    monkeypatch.setattr(tracking, "_git", lambda *_: "")
+    assert code_version.__wrapped__() == {"package": version("sicog-exp")}
+
+
+def test_a_study_s_trial_names_its_generations(home: Path, experiment: Experiment) -> None:
+    study = experiment.client.create_run(experiment.tracker.experiment_id).info.run_id
+    tracker = Tracker(Recipe(name="searched"), study, "trial 3")
+    names = [experiment.client.get_run(run).info.run_name for run in (tracker.run_id, tracker.generation(1))]
+    assert names == ["trial 3", "G1 trial 3"]
+    tracker.finish()
 
 
 def test_the_logged_recipe_runs_again_as_it_is(experiment: Experiment, tmp_path: Path) -> None:
@@ -156,6 +194,17 @@ def test_models_come_back_from_the_registry(experiment: Experiment, tmp_path: Pa
     assert experiment.client.get_run(experiment.tracker.run_id).data.tags["sicog.champion"] == "G1"
 
 
+def test_a_registered_version_leads_back_to_its_run(experiment: Experiment) -> None:
+    found = experiment.client.get_model_version_by_alias("sicog-tracked", "gen-1")
+    run = experiment.tracker.generation(1)
+    assert found.tags["sicog.run"] == found.run_id == run
+    wanted = {"sicog.recipe": "tracked", "sicog.seed": "0", "sicog.origin.pools": "caption-2 reasoning-3"}
+    assert wanted.items() <= found.tags.items()
+    for part in (f"#/experiments/{experiment.tracker.experiment_id}/runs/{run}", experiment.tracker.run_id,
+                 "Generation 1", "s0 tracked", "caption-2 reasoning-3"):  # fmt: skip
+        assert part in found.description
+
+
 def test_registering_again_moves_the_alias(experiment: Experiment) -> None:
     first = experiment.client.get_model_version_by_alias("sicog-tracked", "gen-0").version
     experiment.again.tracker.register(0, experiment.models[0])
@@ -190,7 +239,7 @@ def test_inside_mlflow_run_its_run_is_the_parent(home: Path, experiment: Experim
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
     tracker = Tracker(Recipe(name="inside"))
     assert tracker.run_id == given
-    assert tracker.client.get_run(given).info.run_name == "inside"
+    assert tracker.client.get_run(given).info.run_name == "s0 inside"
     assert tracker.client.get_run(tracker.generation(0)).data.tags[PARENT] == given
 
 
@@ -204,6 +253,11 @@ def test_the_environment_s_store_takes_precedence(home: Path, tmp_path: Path, mo
     assert (tmp_path / "other.db").is_file()
     assert tracker.client.get_experiment(tracker.experiment_id).name == "elsewhere"
     mlflow.set_tracking_uri(before)
+
+
+def test_headline_names_each_task_s_accuracy_and_their_mean() -> None:
+    scores = {"eval/a/accuracy": 0.2, "eval/a/accuracy_low": 0.1, "eval/a/family/accuracy": 0.9, "eval/b/accuracy": 0.4}
+    assert headline(scores) == {"accuracy/mean": pytest.approx(0.3), "accuracy/a": 0.2, "accuracy/b": 0.4}
 
 
 def test_flat_names() -> None:

@@ -279,9 +279,8 @@ class Attempt:
     def _tracker(self, recipe: Recipe, trial: Trial, values: Mapping[str, Any]) -> Any:
         from sicog_exp.tracking import Tracker
 
-        tracker = Tracker(recipe, self.study_run)
+        tracker = Tracker(recipe, self.study_run, f"trial {trial.number}")
         trial.set_user_attr("mlflow_run", tracker.run_id)
-        tracker.client.set_tag(tracker.run_id, "mlflow.runName", f"trial {trial.number}")
         tracker.client.set_tag(tracker.run_id, "sicog.trial", str(trial.number))
         return tracker
 
