@@ -178,12 +178,14 @@ def run_sweep(study: StudyConfig, console: Console) -> Path:
 def open_study(study: StudyConfig, base: Recipe) -> Study:
     import optuna
 
+    from sicog_exp.studies.sampler import SeededByTrial
+
     directions = [objective.direction for objective in study.objectives]
     search = optuna.create_study(storage=_storage(study, base), study_name=study.name, directions=directions,
                                  pruner=_pruner(study), load_if_exists=True)  # fmt: skip
     # A sampler seeded alike would propose the same trials again after each restart, and to every worker.
-    search.sampler = optuna.samplers.TPESampler(seed=study.seed * 1_000_003 + len(search.trials), multivariate=True,
-                                                group=True, n_startup_trials=STARTUP, constant_liar=True)  # fmt: skip
+    search.sampler = SeededByTrial(study.seed, lambda seed: optuna.samplers.TPESampler(
+        seed=seed, multivariate=True, group=True, n_startup_trials=STARTUP, constant_liar=True))  # fmt: skip
     search.set_metric_names([objective.metric for objective in study.objectives])
     return search
 
