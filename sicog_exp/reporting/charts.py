@@ -465,7 +465,7 @@ def _stage_legend(stages: Sequence[str], left: float) -> tuple[list[str], float]
     return parts, y + 8
 
 
-BOX, BOX_HEIGHT, COLUMN, ROW = 168, 38, 232, 58
+BOX, BOX_HEIGHT, COLUMN, ROW = 190, 38, 262, 58
 """A lineage graph's boxes and the distances between their left and upper edges."""
 
 
@@ -484,7 +484,7 @@ def lineage(nodes: Sequence[LineageNode], label: str) -> str:
             boxes += _node(node, x, y)
     lines = [_link(place[source], place[node.fingerprint]) for node in nodes for source in node.inputs
              if source in place and not _is_data(source, nodes)]  # fmt: skip
-    width, height = COLUMN * len(generations) - (COLUMN - BOX) + 4, ROW * max(filled.values(), default=1)
+    width, height = COLUMN * len(generations), ROW * max(filled.values(), default=1)
     return _svg(height, label, lines + boxes, width)
 
 

@@ -18,6 +18,8 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from sicog_exp.prompts import KINDS, final_text
 from sicog_exp.reporting import charts
 
+DATA = "report.json"
+"""The file that keeps what a report was drawn from."""
 GALLERY_BYTES, QUESTION_BYTES = 5_000_000, 2_000_000
 """Room for the pictures and texts of samples and of questions; what is beyond it is left out, samples are counted."""
 TEXT_LIMIT = 6_000
@@ -273,7 +275,7 @@ def _view(data: ReportData) -> dict[str, Any]:
         "forests": [_forest(data, task) for task in dict.fromkeys(delta.task for delta in data.deltas)],
         "families": [_families(data, *key) for key in _keys(data, with_families=True)],
         "curation": [(one, [_curation_charts(one, group) for group in one.groups]) for one in data.curation],
-        "cost": _cost(data.cost),
+        "cost": cost_view(data.cost),
         "samples": [_sample(sample) for sample in samples],
         "left_out": len(data.gallery) - len(samples),
         "facets": facets("sample", ("Group", [s.group for s in samples]), ("Family", [s.family for s in samples]),
@@ -346,7 +348,7 @@ def _headline(data: ReportData) -> list[Delta]:
 
 def _means(data: ReportData, delta: Delta) -> tuple[TaskScore | None, TaskScore | None]:
     ends = data.generations[0], data.generations[-1]
-    before, after = (_score(generation, delta.task, delta.format) for generation in ends)
+    before, after = (score_of(generation, delta.task, delta.format) for generation in ends)
     return before, after
 
 
@@ -383,7 +385,7 @@ def si(value: float | None) -> str:
 # The charts and tables.
 
 
-def _score(generation: GenerationScores, task: str, answer_format: str) -> TaskScore | None:
+def score_of(generation: GenerationScores, task: str, answer_format: str) -> TaskScore | None:
     return next((t for t in generation.tasks if (t.task, t.format) == (task, answer_format)), None)
 
 
@@ -397,14 +399,15 @@ def _tasks(data: ReportData) -> list[str]:
     return list(dict.fromkeys(task for task, _ in _keys(data)))
 
 
-def _mark(score: TaskScore | FamilyScore | None) -> charts.Mark | None:
+def mark_of(score: TaskScore | FamilyScore | None) -> charts.Mark | None:
     return charts.Mark(score.mean, score.low, score.high) if score else None
 
 
 def _curve(data: ReportData, task: str) -> dict[str, Any]:
     formats = [answer_format for name, answer_format in _keys(data) if name == task]
-    scores = {f: [_score(generation, task, f) for generation in data.generations] for f in formats}
-    series = [charts.Series(format_name(f), tuple(map(_mark, scores[f])), hollow=i > 0) for i, f in enumerate(formats)]
+    scores = {f: [score_of(generation, task, f) for generation in data.generations] for f in formats}
+    series = [charts.Series(format_name(f), tuple(map(mark_of, found)), hollow=i > 0)
+              for i, (f, found) in enumerate(scores.items())]  # fmt: skip
     names = [f"G{generation.index}" for generation in data.generations]
     svg = charts.generation_curve(series, names, f"Score on {task} over generations {', '.join(names)}")
     rows = [(f, found, next(score.n for score in found if score)) for f, found in scores.items()]
@@ -429,11 +432,11 @@ def _forest(data: ReportData, task: str) -> dict[str, Any]:
 def _families(data: ReportData, task: str, answer_format: str) -> dict[str, Any]:
     tables = []
     for generation in data.generations:
-        score = _score(generation, task, answer_format)
+        score = score_of(generation, task, answer_format)
         tables.append({f.family: f for f in score.families} if score else {})
     names = list(dict.fromkeys(name for table in tables for name in table))
     rows = [(name, [table.get(name) for table in tables]) for name in names]
-    dots = [charts.DotRow(name, tuple(map(_mark, found)), _prior(found)) for name, found in rows]
+    dots = [charts.DotRow(name, tuple(map(mark_of, found)), _prior(found)) for name, found in rows]
     indices = [generation.index for generation in data.generations]
     svg = charts.family_dots(
         dots, indices, f"{task}, {format_name(answer_format)}: score per question family and blind prior"
@@ -457,12 +460,17 @@ def _curation_charts(curation: Curation, group: CurationGroup) -> dict[str, Any]
     if known:
         title = f"Does the score track quality ({group.quality_name})?"
         drawn.append((title, charts.quality_by_score(known, f"Quality by score, {name}")))
-    reached = [quality for score, quality in known if score >= group.threshold]
-    quality = sum(reached) / len(reached) if reached else None
-    return {"group": group, "charts": [(t, safe(svg)) for t, svg in drawn if scores], "quality": quality}
+    shown = [(t, safe(svg)) for t, svg in drawn if scores]
+    return {"group": group, "charts": shown, "quality": quality_at_threshold(group)}
 
 
-def _cost(cost: Cost | None) -> dict[str, Any] | None:
+def quality_at_threshold(group: CurationGroup) -> float | None:
+    """Mean quality of the best candidates that reach the threshold; None where no truth is known."""
+    reached = [b.quality for b in group.best if b.quality is not None and b.score >= group.threshold]
+    return sum(reached) / len(reached) if reached else None
+
+
+def cost_view(cost: Cost | None) -> dict[str, Any] | None:
     if cost is None or not cost.rows:
         return None
     generations = list(dict.fromkeys(row.generation for row in cost.rows))
