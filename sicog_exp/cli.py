@@ -54,6 +54,18 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("sources", nargs="+", metavar="A B", help="two sources or more")
     compare.add_argument("--metric", help="which value of lmms-eval's sample files, where they hold several")
     compare.add_argument("--json", action="store_true", help="print JSON; differences are fractions")
+    export = commands.add_parser("export", help="write a generation's model and self-data to pass on", description=(
+        "Writes a generation of a finished run as a folder: the model and the self-data that it was pre-trained on, "
+        "each with its card, the recipe and the scores."))  # fmt: skip
+    export.add_argument("run", metavar="RUN", help="id of an MLflow run: of an experiment (its champion; RUN:G1 names "
+                        "another generation) or of a generation")  # fmt: skip
+    export.add_argument("directory", metavar="DIR", type=Path, help="a new or empty folder")
+    report = commands.add_parser("report", help="draw the report of a run again, or of several runs side by side",
+                                 description=(
+        "Draws from the tracking store alone, on any machine: one run's report, or a page on which several runs stand "
+        "side by side, each compared with the first."))  # fmt: skip
+    report.add_argument("runs", nargs="+", metavar="RUN", help="id of an MLflow run, or the name of one experiment")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")
     keys = commands.add_parser("keys", help="list every recipe key with its type, default and meaning")
     keys.add_argument("prefix", nargs="?", default="", help="only keys that begin so, such as curation")
     keys.add_argument("--markdown", action="store_true", help="the whole list as the page docs/recipe-keys.md")
@@ -81,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "sweep": _sweep,
-                    "compare": _compare, "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
+                    "compare": _compare, "export": _export, "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -177,6 +189,28 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    quiet_libraries()
+    from sicog_exp.reporting.export import export
+
+    made = export(args.run, args.directory)
+    print(f"{made.generation}, its model from {made.model_from}, is in {made.directory}")
+    if made.rows:
+        print(f"self-data: {made.rows:,} rows, {made.images:,} images")
+    for note in made.notes:
+        print(note)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    quiet_libraries()
+    from sicog_exp.reporting.side_by_side import rebuild
+
+    rebuild(args.runs, args.out)
+    print(f"report: {args.out}")
+    return 0
+
+
 def _keys(args: argparse.Namespace) -> int:
     from sicog_exp.reference import keys, markdown
 
@@ -217,6 +251,7 @@ def quiet_libraries() -> None:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "MLFLOW_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -143,6 +143,8 @@ def log_datasets(recipe: Recipe, lineage: loop.Lineage, tracker: Tracker) -> Non
         if generation.index and lineage.curated:
             curated = lineage.curated[generation.index - 1]
             tracker.log_dataset(run_id, "self-data", curated, "training", len(read_records(curated / "self.parquet")))
+            for name in ("self.parquet", SUMMARY):  # the texts outlive the store
+                tracker.log_file(curated / name, "self-data", generation.index)
 
 
 def orchestration_share(runner: Runner, wall: float) -> float:

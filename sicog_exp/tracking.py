@@ -61,6 +61,13 @@ def mark_no_op(config: TrackingConfig, finished_run: str) -> None:
         client.set_tag(given, "sicog.finished_run", finished_run)
 
 
+def generation_runs(client: MlflowClient, experiment: Run) -> dict[int, Run]:
+    """Generation -> its run, of an experiment's run."""
+    query = f"tags.`{PARENT}` = '{experiment.info.run_id}' and tags.`sicog.level` = 'generation'"
+    children = client.search_runs([experiment.info.experiment_id], query)
+    return {int(child.data.tags["sicog.generation"]): child for child in children}
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys."""
     result: dict[str, Any] = {}

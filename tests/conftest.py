@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # before torch starts its threads; the tests also run beside other work
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,6 +20,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import build
 
     return build(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(folder, output) of one `mlflow run . -e iterate` of the tiny recipe; the folder holds mlflow.db and store/."""
+    from runs import finish
+
+    folder = tmp_path_factory.mktemp("run")
+    mlflow = str(Path(sys.executable).with_name("mlflow"))
+    overrides = f"model.base={tiny_model} store={folder}/store"
+    command = [mlflow, "run", ".", "-e", "iterate", "--env-manager=local", "--experiment-name", "end-to-end",
+               "-P", "recipe=tests/tiny.yaml", "-P", f"overrides={overrides}"]  # fmt: skip
+    return folder, finish(command, folder)
 
 
 @pytest.fixture(scope="session")

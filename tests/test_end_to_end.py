@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,9 @@ from runs import REPOSITORY, arguments, finish, outputs
 pytestmark = pytest.mark.timeout(1800)
 
 
-@pytest.fixture(scope="module")
-def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(folder, output) of one `mlflow run . -e iterate`."""
-    folder = tmp_path_factory.mktemp("run")
-    mlflow = str(Path(sys.executable).with_name("mlflow"))
-    overrides = f"model.base={tiny_model} store={folder}/store"
-    command = [mlflow, "run", ".", "-e", "iterate", "--env-manager=local", "--experiment-name", "end-to-end",
-               "-P", "recipe=tests/tiny.yaml", "-P", f"overrides={overrides}"]  # fmt: skip
-    return folder, finish(command, folder)
+@pytest.fixture
+def run(tiny_run: tuple[Path, str]) -> tuple[Path, str]:
+    return tiny_run
 
 
 def iterate_folder(folder: Path) -> Path:
