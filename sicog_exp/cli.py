@@ -60,12 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help="id of an MLflow run: of an experiment (its champion; RUN:G1 names "
                         "another generation) or of a generation")  # fmt: skip
     export.add_argument("directory", metavar="DIR", type=Path, help="a new or empty folder")
-    report = commands.add_parser("report", help="draw the report of a run again, or of several runs side by side",
-                                 description=(
-        "Draws from the tracking store alone, on any machine: one run's report, or a page on which several runs stand "
-        "side by side, each compared with the first."))  # fmt: skip
-    report.add_argument("runs", nargs="+", metavar="RUN", help="id of an MLflow run, or the name of one experiment")
-    report.add_argument("--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")
     keys = commands.add_parser("keys", help="list every recipe key with its type, default and meaning")
     keys.add_argument("prefix", nargs="?", default="", help="only keys that begin so, such as curation")
     keys.add_argument("--markdown", action="store_true", help="the whole list as the page docs/recipe-keys.md")
@@ -199,15 +193,6 @@ def _export(args: argparse.Namespace) -> int:
         print(f"self-data: {made.rows:,} rows, {made.images:,} images")
     for note in made.notes:
         print(note)
-    return 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    quiet_libraries()
-    from sicog_exp.reporting.side_by_side import rebuild
-
-    rebuild(args.runs, args.out)
-    print(f"report: {args.out}")
     return 0
 
 
