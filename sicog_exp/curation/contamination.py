@@ -1,0 +1,346 @@
+"""Does a training row show or say what a benchmark asks? Pictures by content, texts by long word sequences.
+
+Pure functions over decoded pictures and words; who reads them from where is the caller's business.
+
+Pictures. Equal pixels are equal (sha256). A near copy (resized, recompressed, brighter, cropped by up to a tenth at
+each side) is found in two steps: the three benchmark pictures that are most alike at 5 x 5 blocks, nine small crops of
+either included, then the best correlation of one with a window of the other at 24 x 24. Each colour is centred, so that
+brightness does not count. Perceptual hashes were measured and are not enough: a crop's 64 and 256 bits differ from its
+original's by .22 and .38 of their number (median), while different pictures of the built-in world differ by as little
+as .09 and .20. Measured correlations stand in docs/trust.md. A plain picture (one shape on a ground) looks like many
+others: only equal pixels prove that it is the same one.
+
+Texts. A short question recurs by construction ("How many dogs are there?"): its text counts only beside a near copy of
+its picture. A long text counts alone, when its sequences of 8 words are found again and its answer is there too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sicog_exp.curation.similarity import lexical_similarity, words_of
+from sicog_exp.data.images import pixel_hash
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Floats = npt.NDArray[np.float32]
+
+SIDE, FINE, GRID, COARSE = 48, 24, 12, 5
+"""Pixels a side of a thumbnail, of what decides, of the search for a window, of the first look."""
+CANDIDATES, FIRST_LOOK, SEARCHED, SAME = 3, 0.7, 0.6, 0.86
+"""Benchmark pictures looked at for each training picture; correlations from which they are searched, refined, found."""
+LARGEST_CUT = 0.125
+PLAIN = 360
+"""Bytes of a compressed thumbnail in 16 levels under which a picture is too plain to be told from its likes."""
+NGRAM, LONG, COVERED, TEMPLATE = 8, 12, 0.8, 3
+"""Words of a sequence; words of a text that counts alone; share of it that must be found again; a sequence that this
+many different pictures' questions hold is a form of words."""
+PAIRS_PER_BATCH, ROWS_PER_BATCH = 128, 2048
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What comparing needs of a picture: its pixels' hash, a thumbnail (SIDE, SIDE, 3) and whether it is plain."""
+
+    digest: str
+    thumbnail: npt.NDArray[np.uint8]
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark; `images` are keys of its pictures."""
+
+    task: str
+    id: str
+    question: str
+    answer: str = ""
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row; `response` is empty for an unlabeled one."""
+
+    split: str
+    id: str
+    question: str
+    response: str = ""
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Match:
+    """A training picture that shows a benchmark's; `distance` is 0 for equal pixels, else 1 - correlation."""
+
+    image: str
+    benchmark_image: str
+    how: str
+    distance: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A training row that overlaps with a benchmark: `how` is same pixels, near copy or text.
+
+    `distance` is the pictures', or the share of a text that was not found again; `question_similarity` says how alike
+    the questions are, in [0, 1].
+    """
+
+    split: str
+    id: str
+    image: str | None
+    task: str
+    benchmark_id: str
+    how: str
+    distance: float
+    question_similarity: float
+
+
+def picture_of(image: Image) -> Picture:
+    """An RGB image as it is compared."""
+    from PIL.Image import Resampling
+
+    small = image.resize((SIDE, SIDE), Resampling.BOX if min(image.size) >= SIDE else Resampling.BILINEAR)
+    thumbnail = np.asarray(small, np.uint8)
+    size = len(zlib.compress(np.ascontiguousarray(thumbnail.transpose(2, 0, 1) // 16).tobytes(), 6))
+    return Picture(pixel_hash(image), thumbnail, size < PLAIN)
+
+
+def overlaps(rows: Iterable[Row], pictures: Mapping[str, Picture], questions: Sequence[Question],
+             benchmark_pictures: Mapping[str, Picture]) -> Iterator[Overlap]:  # fmt: skip
+    """Every training row with every benchmark picture it shows (the question most like its own stands for the
+    picture's), or with the text it repeats; in the rows' order."""
+    shown: dict[str, list[Match]] = defaultdict(list)
+    for match in picture_matches(pictures, benchmark_pictures):
+        shown[match.image].append(match)
+    asked: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        for image in question.images:
+            asked[image].append(question)
+    texts = TextIndex(questions)
+    for row in rows:
+        found = [_by_picture(row, match, asked[match.benchmark_image]) for image in row.images
+                 for match in shown.get(image, ())]  # fmt: skip
+        yield from found or texts.overlaps(row)
+
+
+def _by_picture(row: Row, match: Match, questions: Sequence[Question]) -> Overlap:
+    likeness = [lexical_similarity(row.question, q.question) for q in questions]
+    best = max(range(len(likeness)), key=likeness.__getitem__)
+    asked = questions[best]
+    return Overlap(row.split, row.id, match.image, asked.task, asked.id, match.how, match.distance,
+                   round(likeness[best], 4))  # fmt: skip
+
+
+# Pictures.
+
+
+def picture_matches(pictures: Mapping[str, Picture], benchmark: Mapping[str, Picture]) -> list[Match]:
+    """Training pictures that show a picture of a benchmark, by name of both."""
+    by_digest: dict[str, list[str]] = defaultdict(list)
+    for name, picture in benchmark.items():
+        by_digest[picture.digest].append(name)
+    found = [Match(name, other, "same pixels", 0.0) for name, picture in pictures.items()
+             for other in by_digest.get(picture.digest, ())]  # fmt: skip
+    same = {(match.image, match.benchmark_image) for match in found}
+    left, right = ([name for name, p in group.items() if not p.plain] for group in (pictures, benchmark))
+    if left and right:
+        near = _near([pictures[n].thumbnail for n in left], [benchmark[n].thumbnail for n in right])
+        found += [Match(left[i], right[j], "near copy", round(1 - score, 4)) for i, j, score in near
+                  if (left[i], right[j]) not in same]  # fmt: skip
+    return found
+
+
+def _near(left: Sequence[npt.NDArray[np.uint8]], right: Sequence[npt.NDArray[np.uint8]],
+          ) -> Iterator[tuple[int, int, float]]:  # fmt: skip
+    a, b = np.stack(left), np.stack(right)
+    first, second = _alike(a, b)
+    for start in range(0, len(first), PAIRS_PER_BATCH):
+        i, j = first[start : start + PAIRS_PER_BATCH], second[start : start + PAIRS_PER_BATCH]
+        x, y = a[i].astype(np.float32), b[j].astype(np.float32)
+        scores = np.maximum(window_correlation(x, y), window_correlation(y, x))
+        yield from ((int(i[k]), int(j[k]), float(scores[k])) for k in np.nonzero(scores >= SAME)[0])
+
+
+def _alike(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Pairs worth a second look: for each of `a` the CANDIDATES of `b` most alike at COARSE blocks, crops included.
+
+    One matrix product a crop: 100,000 pictures against 10,000 are 1.4e12 multiplications and no loop over pairs.
+    """
+    views_b = [_coarse(b, cut) for cut in FIRST_CUTS]
+    found_a, found_b = [], []
+    for start in range(0, len(a), ROWS_PER_BATCH):
+        part = a[start : start + ROWS_PER_BATCH]
+        views = [_coarse(part, cut) for cut in FIRST_CUTS]
+        score = views[0] @ views_b[0].T
+        for whole, cut in zip(views_b[1:], views[1:], strict=True):
+            np.maximum(score, views[0] @ whole.T, out=score)
+            np.maximum(score, cut @ views_b[0].T, out=score)
+        count = min(CANDIDATES, score.shape[1])
+        best = np.argpartition(-score, count - 1, axis=1)[:, :count]
+        i = np.repeat(np.arange(len(part)), count)
+        kept = score[i, best.ravel()] >= FIRST_LOOK
+        found_a.append(i[kept] + start)
+        found_b.append(best.ravel()[kept])
+    return np.concatenate(found_a), np.concatenate(found_b)
+
+
+FIRST_CUTS: tuple[tuple[float, float, float, float], ...] = (
+    (0, 0, 0, 0),
+    *((top, 0.1 - top, left, 0.1 - left) for top, left in product((0, 0.05, 0.1), repeat=2)),
+)
+"""The whole picture and nine crops, as shares cut off at the top, bottom, left and right."""
+SEARCH_CUTS: Floats = np.array(list(product((0, 0.05, 0.1), repeat=2)), np.float32)
+"""What is cut off at both ends of an axis in the search for a window; 81 windows."""
+
+
+def _coarse(pictures: npt.NDArray[np.uint8], cut: tuple[float, float, float, float]) -> Floats:
+    parts = [pictures[s : s + ROWS_PER_BATCH].astype(np.float32) for s in range(0, len(pictures), ROWS_PER_BATCH)]
+    cuts = np.tile(np.array(cut, np.float32), (ROWS_PER_BATCH, 1))
+    return np.concatenate([_units(_windows(part, COARSE, cuts[: len(part)])) for part in parts])
+
+
+def window_correlation(whole: Floats, other: Floats) -> Floats:
+    """The best correlation of each picture with a window of its partner (both (n, SIDE, SIDE, 3)), at FINE pixels."""
+    cuts, score = _search(whole, other)
+    chosen = np.nonzero(score >= SEARCHED)[0]
+    if not len(chosen):
+        return score * 0
+    target, partner, cut = _units(_windows(whole[chosen], FINE)), other[chosen], cuts[chosen]
+    best = (target * _units(_windows(partner, FINE, cut))).sum(1)
+    for step, side, sign in product((0.025, 0.0125), range(4), (-1, 1)):
+        moved = cut.copy()
+        moved[:, side] = np.clip(moved[:, side] + sign * step, 0, LARGEST_CUT)
+        value = (target * _units(_windows(partner, FINE, moved))).sum(1)
+        better = value > best
+        best[better], cut[better] = value[better], moved[better]
+    result = np.zeros(len(whole), np.float32)
+    result[chosen] = best
+    return result
+
+
+def _search(whole: Floats, other: Floats) -> tuple[Floats, Floats]:
+    """The best of 81 windows at GRID pixels: its cuts and its correlation."""
+    weights = _areas(GRID, SEARCH_CUTS[:, 0], SEARCH_CUTS[:, 1])
+    rows = np.tensordot(weights, other, (2, 1))  # window, y, picture, column, colour
+    both = np.tensordot(weights, rows, (2, 3))  # window x, x, window y, y, picture, colour
+    count = len(SEARCH_CUTS)
+    views = both.transpose(4, 2, 0, 3, 1, 5).reshape(len(other), count * count, GRID, GRID, -1)
+    scores = np.einsum("pwf,pf->pw", _units(views), _units(_windows(whole, GRID)))
+    best = scores.argmax(1)
+    return np.concatenate([SEARCH_CUTS[best // count], SEARCH_CUTS[best % count]], 1), scores.max(1)
+
+
+def _windows(pictures: Floats, size: int, cuts: Floats | None = None) -> Floats:
+    """(n, size, size, colours): each picture's window, averaged over areas; `cuts` (n, 4): top, bottom, left, right."""
+    n, side, _, colours = pictures.shape
+    cuts = np.zeros((n, 4), np.float32) if cuts is None else cuts
+    rows = _areas(size, cuts[:, 0], cuts[:, 1]) @ pictures.reshape(n, side, side * colours)
+    rows = rows.reshape(n, size, side, colours).transpose(0, 2, 1, 3).reshape(n, side, size * colours)
+    both = _areas(size, cuts[:, 2], cuts[:, 3]) @ rows
+    return both.reshape(n, size, size, colours).transpose(0, 2, 1, 3)
+
+
+def _areas(size: int, before: Floats, after: Floats) -> Floats:
+    """(n, size, SIDE) weights: means over `size` equal pieces of what the cuts leave of SIDE pixels."""
+    share = np.linspace(0, 1, size + 1, dtype=np.float32)
+    edges = (before[:, None] + (1 - after - before)[:, None] * share) * SIDE
+    pixel = np.arange(SIDE, dtype=np.float32)
+    covered = np.minimum(edges[:, 1:, None], pixel + 1) - np.maximum(edges[:, :-1, None], pixel)
+    weights = np.clip(covered, 0, None)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _units(pictures: Floats) -> Floats:
+    """Vectors of length 1, each colour centred: their product is the correlation."""
+    centred = pictures - pictures.mean((-3, -2), keepdims=True)
+    flat = centred.reshape(*centred.shape[:-3], -1)
+    return flat / np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-3)
+
+
+# Texts.
+
+
+class TextIndex:
+    """The long texts of benchmarks, found again in training rows by their sequences of NGRAM words.
+
+    Sequences that TEMPLATE or more pictures' questions hold are forms of words: they neither find a text nor count in
+    its length.
+    """
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        texts = [(q, (words_of(q.question), words_of(q.answer))) for q in questions]
+        pictures: dict[str, set[Any]] = defaultdict(set)
+        for question, parts in texts:
+            for gram in {gram for part in parts for gram in _grams(part)}:
+                pictures[gram].add(question.images or question.id)
+        self._own = {gram for gram, holders in pictures.items() if len(holders) < TEMPLATE}
+        self._texts = [(q, parts) for q, parts in texts if sum(_covered(p, self._own).sum() for p in parts) >= LONG]
+        self._holders: dict[str, list[int]] = defaultdict(list)
+        for number, (_, parts) in enumerate(self._texts):
+            for gram in {gram for part in parts for gram in _grams(part)} & self._own:
+                self._holders[gram].append(number)
+
+    def overlaps(self, row: Row) -> Iterator[Overlap]:
+        """The benchmark texts that a row repeats; one for all questions of the same words."""
+        if not self._holders:
+            return
+        asked, response = words_of(row.question), words_of(row.response)
+        grams = {gram for part in (asked, response) for gram in _grams(part)} & self._holders.keys()
+        said = f" {' '.join(asked)} {' '.join(response)} "
+        seen: set[tuple[str, str]] = set()
+        for number in sorted({number for gram in grams for number in self._holders[gram]}):
+            question, parts = self._texts[number]
+            share = self._share(parts, grams, said, bool(response))
+            if share >= COVERED and (question.question, question.answer) not in seen:
+                seen.add((question.question, question.answer))
+                alike = lexical_similarity(row.question, question.question)
+                yield Overlap(row.split, row.id, None, question.task, question.id, "text", round(1 - share, 4),
+                              round(alike, 4))  # fmt: skip
+
+    def _share(self, parts: Sequence[list[str]], grams: set[str], said: str, answered: bool) -> float:
+        """The share of a benchmark text's own words that were found; 0 where the row gives another answer."""
+        own = [int(_covered(part, self._own).sum()) for part in parts]
+        asked, answer = (int(_covered(part, grams, said).sum()) for part in parts)
+        if not answered:  # an unlabeled row gives no answer; its question is what the model would be asked
+            return asked / own[0] if own[0] >= NGRAM else 0.0
+        return (asked + answer) / sum(own) if answer >= COVERED * own[1] else 0.0
+
+
+def _covered(words: Sequence[str], grams: set[str], said: str | None = None) -> npt.NDArray[np.bool_]:
+    """Which words stand in one of the sequences; a text shorter than a sequence stands or falls (in `said`) whole."""
+    if len(words) < NGRAM:
+        return np.full(len(words), said is None or f" {' '.join(words)} " in said)
+    covered = np.zeros(len(words), bool)
+    for start, gram in enumerate(_grams(words)):
+        if gram in grams:
+            covered[start : start + NGRAM] = True
+    return covered
+
+
+def _grams(words: Sequence[str]) -> list[str]:
+    return [" ".join(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
+
+
+# Counting.
+
+
+def counts(found: Iterable[Overlap]) -> dict[str, dict[str, int]]:
+    """Split -> rows that overlap, by how; a row counts once, by its first overlap."""
+    first: dict[tuple[str, str], str] = {}
+    for overlap in found:
+        first.setdefault((overlap.split, overlap.id), overlap.how)
+    by_split: dict[str, Counter[str]] = defaultdict(Counter)
+    for (split, _), how in first.items():
+        by_split[split][how] += 1
+    return {split: dict(sorted(by_how.items())) for split, by_how in sorted(by_split.items())}
