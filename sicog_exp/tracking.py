@@ -6,10 +6,12 @@ given, and a surrounding `mlflow run` cannot take each other's runs.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
@@ -35,8 +37,27 @@ def connect(config: TrackingConfig) -> MlflowClient:
     from mlflow import MlflowClient
 
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or config.uri)
-    return MlflowClient()
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
+    mlflow.set_tracking_uri(uri)
+    with _alone(uri):
+        client = MlflowClient()
+        client.search_experiments(max_results=1)
+    return client
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time opens a SQLite store: two that make its tables at once fail each other."""
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    if not uri.startswith("sqlite:///") or not folder.is_dir():
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def open_run(client: MlflowClient, config: TrackingConfig, name: str, source: str) -> tuple[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -253,6 +255,16 @@ def test_the_environment_s_store_takes_precedence(home: Path, tmp_path: Path, mo
     assert (tmp_path / "other.db").is_file()
     assert tracker.client.get_experiment(tracker.experiment_id).name == "elsewhere"
     mlflow.set_tracking_uri(before)
+
+
+def test_processes_that_make_a_store_in_the_same_instant_all_get_it(tmp_path: Path) -> None:
+    code = ("from sicog_exp.recipe import TrackingConfig; from sicog_exp.tracking import connect;"
+            f"print(len(connect(TrackingConfig(uri='sqlite:///{tmp_path}/new.db')).search_experiments()))")  # fmt: skip
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    all_of_them = [subprocess.Popen([sys.executable, "-c", code], env=kept, text=True, stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE) for _ in range(3)]  # fmt: skip
+    printed = [process.communicate(timeout=600) for process in all_of_them]
+    assert [out for out, _ in printed] == ["1\n"] * 3, printed
 
 
 def test_headline_names_each_task_s_accuracy_and_their_mean() -> None:

@@ -357,6 +357,7 @@ def conclude(study: StudyConfig, search: Study, run_id: str, console: Console) -
     best = ranked(study, search)[0]
     recipe = replace(recipe_of(study, best.params, "benchmark"), name=f"{study.name}-best")
     folder = Path(recipe.store) / "studies"
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study.name}-best.yaml"
     path.write_text(to_yaml(recipe))
     show(study, search, console)
