@@ -7,15 +7,15 @@ same steps and store. The base learns to see and to reason over text, never to a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sicog_exp.data import questions
-from sicog_exp.data.scenes import make_scene, render, rng_for
+from sicog_exp.data.scenes import IMAGE_SIZE, make_scene, render, rng_for
 from sicog_exp.prompts import prompt
-from sicog_exp.recipe import ModelConfig, StageConfig
+from sicog_exp.recipe import ModelConfig, RecipeError, StageConfig
 from sicog_exp.records import turns_conversation
 from sicog_exp.store import Artifact, Step, Store, Workplace
 
@@ -43,6 +43,15 @@ class ShapeConfig:
     patch_size: int = 24
     """Pixels of a patch's side; a 72 pixel image gives (72 / patch_size)^2 tokens."""
 
+    def __post_init__(self) -> None:
+        sizes = asdict(self)
+        if min(sizes.values()) < 1:
+            raise RecipeError(f"{sizes}: every size must be above 0")
+        if self.width % (2 * self.heads):
+            raise RecipeError(f"width={self.width}: must be a multiple of 2 * heads = {2 * self.heads}")
+        if IMAGE_SIZE % self.patch_size:
+            raise RecipeError(f"patch_size={self.patch_size}: must divide the image's {IMAGE_SIZE} pixels")
+
 
 @dataclass(frozen=True)
 class BaseRecipe:
@@ -62,6 +71,11 @@ class BaseRecipe:
     language: StageConfig = field(default_factory=StageConfig)
     align: StageConfig = field(default_factory=StageConfig)
     instruct: StageConfig = field(default_factory=StageConfig)
+
+    def __post_init__(self) -> None:
+        if self.turns < 1 or not 0 <= self.text_share <= 1:
+            raise RecipeError(f"turns={self.turns}, text_share={self.text_share}: need a turn or more, and a share "
+                              "between 0 and 1")  # fmt: skip
 
 
 @dataclass(frozen=True)

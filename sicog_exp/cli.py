@@ -19,8 +19,9 @@ DEFAULT_STUDY = "experiments/sweeps/tau_and_mix.yaml"
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sicog", description="Run, measure and compare self-improving multimodal LLM experiments (SIcog)."
-    )
+        prog="sicog", description="Run, measure and compare self-improving multimodal LLM experiments (SIcog).",
+        epilog="`sicog COMMAND --help` explains a command, `sicog keys` every key of a recipe; the guide is in docs/.",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     stages = "develop, generate, curate, pre-train, instruct, evaluate"
     _recipe_command(commands, "iterate", DEFAULT_RECIPE, f"run a recipe: {stages}",
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
                     "Runs three arms of a recipe over several seeds in one store and writes their pooled paired "
                     "differences.")  # fmt: skip
     evidence = commands.choices["evidence"]
-    evidence.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
+    evidence.add_argument("--seeds", type=_seeds, default="0,1,2", help="comma-separated (default: %(default)s)")
     evidence.add_argument("--out", type=Path, default=Path("evidence.json"), help="result file (default: %(default)s)")
     sweep = commands.add_parser("sweep", help="search a recipe's keys with Optuna", description=(
         "Searches the keys that a study declares, on the development split; scores the winner on the benchmark. "
@@ -60,12 +61,22 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help="id of an MLflow run: of an experiment (its champion; RUN:G1 names "
                         "another generation) or of a generation")  # fmt: skip
     export.add_argument("directory", metavar="DIR", type=Path, help="a new or empty folder")
-    keys = commands.add_parser("keys", help="list every recipe key with its type, default and meaning")
+    report = commands.add_parser("report", help="draw the report of a run again, or of several runs side by side",
+                                 description=(
+        "Draws from the tracking store alone, on any machine: one run's report, or a page on which several runs stand "
+        "side by side, each compared with the first."))  # fmt: skip
+    report.add_argument("runs", nargs="+", metavar="RUN", help="id of an MLflow run, or the name of one experiment")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")
+    keys = commands.add_parser("keys", help="list every recipe key with its type, default and meaning", description=(
+        "Lists the keys that a recipe sets and that an override KEY=VALUE changes, with their defaults."))  # fmt: skip
     keys.add_argument("prefix", nargs="?", default="", help="only keys that begin so, such as curation")
     keys.add_argument("--markdown", action="store_true", help="the whole list as the page docs/recipe-keys.md")
-    commands.add_parser("doctor", help="check this machine: packages, devices, disk, tracking store, model hub")
-    ui = commands.add_parser("ui", help="open the MLflow UI on 127.0.0.1")
-    ui.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
+    commands.add_parser("doctor", help="check this machine: packages, devices, disk, tracking store, model hub",
+                        description="Says what a run will find here and what to do about it. Ends with status 1 where "
+                        "a run cannot start.")  # fmt: skip
+    ui = commands.add_parser("ui", help="open the MLflow UI on 127.0.0.1", description=(
+        "Serves the runs of MLFLOW_TRACKING_URI, or else of mlflow.db here, to this machine alone."))  # fmt: skip
+    ui.add_argument("--port", type=_port, default=5000, help="port (default: %(default)s)")
     return parser
 
 
@@ -76,6 +87,19 @@ def _recipe_command(commands, name: str, default: str, summary: str, description
     command.add_argument("--overrides", dest="more", default="", metavar="'A=1 B=2'", help="the same as one argument")
 
 
+def _seeds(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words) or len(set(words)) < len(words):
+        raise argparse.ArgumentTypeError(f"{text!r}: different whole numbers from 0, joined by commas, such as 0,1,2")
+    return [int(word) for word in words]
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65_536:
+        raise argparse.ArgumentTypeError(f"{text!r}: a port is a whole number from 1 to 65535")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Errors that a user can mend are one message, without a traceback; status 2."""
     parser = build_parser()
@@ -83,11 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from sicog_exp.completion import complete
 
         complete(parser)
-    args = parser.parse_args(arguments)
+    args = _parse(parser, arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "sweep": _sweep,
-                    "compare": _compare, "export": _export, "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
+                    "compare": _compare, "export": _export, "report": _report,
+                    "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -99,6 +124,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand before options or behind them, which argparse alone does not allow."""
+    args, rest = parser.parse_known_args(arguments)
+    late = [word for word in rest if "=" in word and not word.startswith("-")] if hasattr(args, "overrides") else []
+    unknown = [word for word in rest if word not in late]
+    if unknown:
+        from sicog_exp.completion import subcommands
+
+        subcommands(parser)[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    if late:
+        args.overrides += late
+    return args
+
+
 def _is_for_users(error: Exception) -> bool:
     """Whether the error is one of ours, written for people; anything else is a defect and keeps its traceback."""
     return type(error).__module__.startswith("sicog_exp.")
@@ -106,10 +145,20 @@ def _is_for_users(error: Exception) -> bool:
 
 def _overrides(args: argparse.Namespace, default: str = DEFAULT_RECIPE) -> tuple[str, list[str]]:
     """The recipe's path and all overrides; `sicog iterate a.b=1` means the default recipe."""
-    given = [*args.overrides, *shlex.split(args.more)]
+    given = [*args.overrides, *_split(args.more)]
     if "=" in args.recipe:
         return default, [args.recipe, *given]
     return args.recipe, given
+
+
+def _split(text: str) -> list[str]:
+    """The words of --overrides, as a shell would split them."""
+    from sicog_exp.recipe import RecipeError
+
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise RecipeError(f"--overrides {text!r}: {str(error).lower()}; close the quotation") from None
 
 
 def _iterate(args: argparse.Namespace) -> int:
@@ -130,6 +179,9 @@ def _base(args: argparse.Namespace) -> int:
 
     recipe = load_as(BaseRecipe, *_overrides(args, "experiments/base.yaml"))
     quiet_libraries()
+    from sicog_exp.ahead import check_device
+
+    check_device(recipe.model)
     model = base_steps(recipe, Store(recipe.store))["instruct"]
     if args.publish:
         publish(model, args.publish)
@@ -154,14 +206,14 @@ def _evidence(args: argparse.Namespace) -> int:
     quiet_libraries()
     from sicog_exp.studies.evidence import run_evidence
 
-    run_evidence(recipe, [int(seed) for seed in args.seeds.split(",")], args.out, console())
+    run_evidence(recipe, args.seeds, args.out, console())
     return 0
 
 
 def _sweep(args: argparse.Namespace) -> int:
     from sicog_exp.studies.sweep import load_study
 
-    study = load_study(args.study, [*args.overrides, *shlex.split(args.more)])
+    study = load_study(args.study, [*args.overrides, *_split(args.more)])
     quiet_libraries()
     from sicog_exp.studies.sweep import run_sweep
 
@@ -196,15 +248,26 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    quiet_libraries()
+    from sicog_exp.reporting.side_by_side import rebuild
+
+    rebuild(args.runs, args.out)
+    print(f"report: {args.out}")
+    return 0
+
+
 def _keys(args: argparse.Namespace) -> int:
-    from sicog_exp.reference import keys, markdown
+    from sicog_exp.reference import keys, markdown, no_such_key
 
     if args.markdown:
         print(markdown(), end="")
         return 0
-    for key in keys():
-        if key.name.startswith(args.prefix):
-            print(f"{key.name}={key.default}\n    {key.type}. {key.meaning}")
+    found = [key for key in keys() if key.name.startswith(args.prefix)]
+    if not found:
+        raise no_such_key(args.prefix)
+    for key in found:
+        print(f"{key.name}={key.default}\n    {key.type}. {key.meaning}")
     return 0
 
 
@@ -216,6 +279,14 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _ui(args: argparse.Namespace) -> int:
+    import socket
+
+    from sicog_exp.recipe import RecipeError
+
+    with socket.socket() as taken:
+        if taken.connect_ex(("127.0.0.1", args.port)) == 0:
+            raise RecipeError(f"--port {args.port}: something answers at http://127.0.0.1:{args.port} already; open "
+                              "that, or name another port")  # fmt: skip
     uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     options = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(args.port)]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *options])

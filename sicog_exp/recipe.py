@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import difflib
 import math
 import re
 import types
@@ -339,7 +340,10 @@ def build(cls: type[T], values: Any, key: str = "") -> T:
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise RecipeError(f"{_join(key, name)}: unknown key; allowed here: {', '.join(_keys(cls))}")
+            raise RecipeError(f"{_join(key, name)}: unknown key; allowed here: {', '.join(_keys(cls))}"
+                              f"{_meant(str(name), _keys(cls))}")  # fmt: skip
+    missing = [_join(key, name) for name in _required(cls) if name not in values]
+    _require(not missing, f"{', '.join(missing)}: missing; nothing stands in for it")
     made = {name: _convert(hints[name], value, _join(key, name)) for name, value in values.items()}
     try:
         return cls(**made)
@@ -349,6 +353,16 @@ def build(cls: type[T], values: Any, key: str = "") -> T:
 
 def _keys(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
+
+
+def _required(cls: type) -> list[str]:
+    absent = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is absent and f.default_factory is absent]
+
+
+def _meant(word: str, known: typing.Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _join(key: str, name: str) -> str:
@@ -390,20 +404,25 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
 
 def load_as(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> T:
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     file = Path(path)
     if not file.is_file():
         raise RecipeError(f"{file}: no such recipe; the shipped ones are in experiments/")
-    for override in overrides:
-        _require("=" in override, f"{override!r}: an override is key=value, for example curation.encoder=minilm")
+    _check_form(overrides, "curation.encoder=minilm")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        read = OmegaConf.load(file)
+        _require(isinstance(read, DictConfig), f"{file}: holds a list; write one `key: value` a line")
+        merged = OmegaConf.merge(read, _dotlist(overrides))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
-        raise RecipeError(f"{file}: {error}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{file}: not UTF-8 text; name a YAML file, saved as UTF-8") from None
+    except (YAMLError, OSError) as error:
+        raise RecipeError(f"{file}: unreadable YAML, {_one_line(error)}; correct it there") from None
+    except (OmegaConfBaseException, TypeError) as error:
+        raise RecipeError(f"{file}: {_one_line(error)}") from None
     try:
         return build(cls, values)
     except RecipeError as error:
@@ -414,17 +433,39 @@ def build_overrides(cls: type[T], section: str, overrides: typing.Sequence[str])
     """One section from its defaults and a dotlist such as `curation.encoder=minilm`. Raises RecipeError."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    for override in overrides:
-        _require("=" in override, f"{override!r}: an override is key=value, for example {section}.{_keys(cls)[0]}=...")
+    _check_form(overrides, f"{section}.{_keys(cls)[0]}=...")
     try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise RecipeError(f"{' '.join(overrides)}: {error}") from None
+        values = OmegaConf.to_container(_dotlist(overrides), throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{' '.join(overrides)}: {_one_line(error)}") from None
     unknown = sorted(set(typing.cast(dict, values)) - {section})
     _require(not unknown, f"{', '.join(unknown)}: only {section}.* keys apply here, such as {section}.{_keys(cls)[0]}")
     return build(cls, typing.cast(dict, values).get(section, {}), section)
+
+
+def _check_form(overrides: typing.Sequence[str], example: str) -> None:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        _require(bool(key and equals), f"{override!r}: an override is key=value without spaces, for example {example}")
+
+
+def _dotlist(overrides: typing.Sequence[str]) -> Any:
+    """The overrides as OmegaConf reads them; one that it cannot read is named by itself."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for override in overrides:
+        try:
+            OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise RecipeError(f"{override!r}: not YAML behind the =, {_one_line(error)}; quote the value") from None
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def to_yaml(config: Any) -> str:

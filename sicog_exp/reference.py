@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import typing
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from sicog_exp.recipe import Recipe, StageConfig
+from sicog_exp.recipe import Recipe, RecipeError, StageConfig
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ def keys(config: Any = None, prefix: str = "") -> Iterator[Key]:
         yield Key(f"{prefix}{name}", shown(hints[name]), default, texts.get(name, ""))
     for name, section in sections.items():
         yield from keys(section, f"{prefix}{name}.")
+
+
+def no_such_key(prefix: str) -> RecipeError:
+    """The error for a prefix that no key has."""
+    names = [key.name for key in keys()]
+    heads = dict.fromkeys(name.partition(".")[0] for name in names)
+    close = difflib.get_close_matches(prefix, [*names, *heads], n=3)
+    meant = f"did you mean {' or '.join(close)}?" if close else f"they begin with {', '.join(heads)}"
+    return RecipeError(f"no key begins with {prefix!r}; {meant}")
 
 
 def shown(hint: Any) -> str:

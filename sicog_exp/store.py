@@ -157,7 +157,10 @@ class Store:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).resolve()
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"store={root}: {error.strerror}; name a folder that can be made or written") from None
 
     def path_of(self, step: Step) -> Path:
         return self.root / f"{step.name}-{step.fingerprint}"

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sicog_exp.recipe import Recipe, TrackingConfig, to_yaml
+from sicog_exp.recipe import Recipe, RecipeError, TrackingConfig, to_yaml
 from sicog_exp.store import Artifact, Step
 
 if TYPE_CHECKING:
@@ -58,6 +58,40 @@ def _alone(uri: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_tracking(config: TrackingConfig) -> None:
+    """Raises RecipeError where the tracking store does not answer."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    name, uri = ("MLFLOW_TRACKING_URI", given) if given else ("tracking.uri", config.uri)
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    if uri.startswith("sqlite:///") and folder.exists() and not folder.is_dir():  # MLflow would try for minutes
+        raise RecipeError(f"{name}={uri}: no tracking store can be there: {folder} is no folder; correct {name}")
+    try:
+        with _impatient():
+            connect(config).search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise RecipeError(f"{name}={uri}: no tracking store answers there ({first}); start the server, or correct "
+                          f"{name}") from None  # fmt: skip
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """One try of some seconds; MLflow itself would try for minutes."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def open_run(client: MlflowClient, config: TrackingConfig, name: str, source: str) -> tuple[str, str]:

@@ -120,7 +120,9 @@ WRONG = [
     ("model.threads=0", r"model: threads=0: must be above 0"),
     ("data.annotated=???", r"data\.annotated"),
     ("name='${nothing}'", r"nothing"),
-    ("sampling.cod=[1,", r"recipe\.yaml"),
+    ("sampling.cod=[1,", r"'sampling\.cod=\[1,': not YAML behind the ="),
+    ("=1", r"'=1': an override is key=value"),
+    ("curation.caption_treshold=0.9", r"curation\.caption_treshold: unknown key; .*did you mean caption_threshold\?"),
     ("sampling", r"'sampling': an override is key=value"),
 ]  # fmt: skip
 

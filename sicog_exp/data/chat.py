@@ -138,10 +138,17 @@ class ChatEncoder:
         for text in texts:
             head, *rest = text.split(self.image_token)
             for part in rest:
-                head += self.processor.replace_image_token(image_inputs, index) + part
+                head += self._image_tokens(image_inputs, index) + part
                 index += 1
             expanded.append(head)
         return expanded
+
+    def _image_tokens(self, image_inputs: Mapping[str, Any] | None, index: int) -> str:
+        try:
+            return self.processor.replace_image_token(image_inputs, index)
+        except KeyError as error:
+            raise ChatError(f"{type(self.processor).__name__} counts image tokens from {error} besides pixels; "
+                            "this architecture is not supported yet") from None  # fmt: skip
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each piece of one conversation, the first one with what the model expects in front."""

@@ -21,6 +21,8 @@ from sicog_exp.store import file_checksum
 
 Split = Literal["benchmark", "development"]
 SAMPLES, SCORES, RESULTS = "samples.jsonl", "scores.json", "results.json"
+READ_WHOLE = (".yaml", ".yml", ".py", ".json", ".jsonl", ".parquet", ".csv")
+"""Files of an included folder whose content counts, not their size alone."""
 DATA_VARIABLE = "SICOG_DATA"
 """Environment variable that tells the tasks in evals/tasks/ where the data set lies."""
 
@@ -129,21 +131,39 @@ def load_suite(name: str) -> Suite:
             shipped = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
             raise BenchmarkError(f"evaluation.suite={name}: no such suite; there are {shipped}, or give a .yaml path")
     elif not path.is_file():
-        raise BenchmarkError(f"evaluation.suite={name}: no such file")
+        raise BenchmarkError(f"evaluation.suite={name}: no such file; correct it or name a suite of evals/suites/")
     try:
         return load_as(Suite, path)
     except RecipeError as error:
         raise BenchmarkError(str(error)) from None
 
 
-def suite_state(name: str) -> dict[str, str]:
-    """What scores on a suite depend on, for a step's fingerprint: the suite's content, our tasks' files, the harness.
+def check_suite(name: str, split: Split) -> None:
+    """Raises BenchmarkError where the suite, its tasks for `split` or a folder that it includes do not exist."""
+    suite = load_suite(name)
+    with _quiet_harness():
+        _task_manager([task.task for task in suite.tasks(split)], suite.include)
 
-    Names alone would hide an edit, and an old score would stand for a new benchmark.
+
+def suite_state(name: str) -> dict[str, str]:
+    """What scores on a suite depend on, for a step's fingerprint: the suite's content, the tasks' files, the harness.
+
+    Names alone would hide an edit, and an old score would stand for a new benchmark. In folders that it includes,
+    pictures and the like count by name and size.
     """
+    suite = load_suite(name)
     files = sorted(path for path in (evals_folder() / "tasks").iterdir() if path.is_file())
     digest = hashlib.sha256("".join(f"{path.name}:{file_checksum(path)};" for path in files).encode()).hexdigest()
-    return {"suite": json.dumps(asdict(load_suite(name)), sort_keys=True), "tasks": digest, "harness": _harness()}
+    own = {folder: _folder_state(Path(folder)) for folder in suite.include}
+    state = {"suite": json.dumps(asdict(suite), sort_keys=True), "tasks": digest, "harness": _harness()}
+    return {**state, **({"included": json.dumps(own, sort_keys=True)} if own else {})}
+
+
+def _folder_state(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    states = (file_checksum(path) if path.suffix in READ_WHOLE else str(path.stat().st_size) for path in files)
+    names = (path.relative_to(folder) for path in files)
+    return hashlib.sha256("".join(f"{name}:{state};" for name, state in zip(names, states)).encode()).hexdigest()
 
 
 def evaluate(
@@ -227,12 +247,17 @@ def _simple_evaluate(
 def _task_manager(names: Sequence[str], include: Sequence[str]) -> Any:
     """Our tasks alone where they suffice: indexing lmms-eval's own takes seconds."""
     from lmms_eval.tasks import TaskManager
+    from yaml import YAMLError
 
-    folders = [str(evals_folder() / "tasks"), *include]
+    folders = [str(evals_folder() / "tasks"), *(str(Path(folder).resolve()) for folder in include)]
     missing = [folder for folder in folders if not Path(folder).is_dir()]
     if missing:
         raise BenchmarkError(f"include: no folder {missing[0]}")
-    manager = TaskManager(include_path=folders, include_defaults=False)
+    try:
+        manager = TaskManager(include_path=folders, include_defaults=False)
+    except (OSError, YAMLError) as error:
+        raise BenchmarkError(f"include: lmms-eval cannot read the tasks in {', '.join(folders[1:])} ({error}); a suite "
+                             "stands beside such a folder, in which every YAML file is a task") from None  # fmt: skip
     if set(names) <= set(manager.all_tasks):
         return manager
     manager = TaskManager(include_path=folders)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from sicog_exp.evaluation.statistics import (
     paired_pooled,
     told_apart,
 )
-from sicog_exp.records import read_jsonl
 
 OVERALL = "overall"
 """The mean over tasks, each with the same weight."""
@@ -89,13 +89,22 @@ def read_outcomes(source: str, metric: str | None = None) -> dict[str, Outcomes]
     `metric` names the value to take from lmms-eval's files that hold several. Raises StatisticsError.
     """
     name, _, generation = source.partition(":G")
+    if generation and not generation.isdecimal():
+        raise StatisticsError(f"{source}: behind :G stands the number of a generation, such as {name}:G1")
     path = Path(name)
     if not path.exists():
         path, generation = _from_mlflow(name, generation), ""
     if path.is_dir() and (path / "summary.json").is_file():
         evaluations = json.loads((path / "summary.json").read_text())["evaluations"]
+        _check_generation(source, generation, range(len(evaluations)))
         path = path.parent / evaluations[int(generation) if generation else -1]
     return _of_folder(path) if path.is_dir() else _of_file(path, metric)
+
+
+def _check_generation(source: str, generation: str, known: Collection[int]) -> None:
+    if generation and int(generation) not in known:
+        names = ", ".join(f"G{index}" for index in sorted(known))
+        raise StatisticsError(f"{source}: no generation G{generation}; there are {names}")
 
 
 def _from_mlflow(run_id: str, generation: str) -> Path:
@@ -104,8 +113,12 @@ def _from_mlflow(run_id: str, generation: str) -> Path:
     from mlflow.exceptions import MlflowException
 
     from sicog_exp.recipe import TrackingConfig
-    from sicog_exp.tracking import connect, generation_runs
+    from sicog_exp.tracking import check_tracking, connect, generation_runs
 
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or TrackingConfig().uri
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise StatisticsError(f"{run_id}: neither a file, nor a folder, nor a run, for {uri} does not exist yet")
+    check_tracking(TrackingConfig())
     client: MlflowClient = connect(TrackingConfig())
     try:
         run = client.get_run(run_id)
@@ -115,6 +128,7 @@ def _from_mlflow(run_id: str, generation: str) -> Path:
         by_index = generation_runs(client, run)
         if not by_index:
             raise StatisticsError(f"run {run_id} has no generation yet")
+        _check_generation(run_id, generation, by_index)
         run = by_index[int(generation) if generation else max(by_index)]
     return Path(download_artifacts(run_id=run.info.run_id, artifact_path="eval/samples.jsonl",
                                    tracking_uri=client.tracking_uri))  # fmt: skip
@@ -129,9 +143,9 @@ def _of_folder(folder: Path) -> dict[str, Outcomes]:
 
 
 def _of_file(path: Path, metric: str | None) -> dict[str, Outcomes]:
-    rows = list(read_jsonl(path))
+    rows = list(_rows(path))
     if not rows:
-        raise StatisticsError(f"{path}: no rows")
+        raise StatisticsError(f"{path}: no rows; name our samples.jsonl, or lmms-eval's *_samples_TASK.jsonl")
     if "doc_id" in rows[0]:
         found = _harness_file(path, rows, metric)
         return {found.task: found}
@@ -141,6 +155,23 @@ def _of_file(path: Path, metric: str | None) -> dict[str, Outcomes]:
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
     return {task: _ours(task, _by_question(group, "id")) for task, group in by_task.items()}
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                number += 1
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"a {type(row).__name__}")
+                yield row
+    except UnicodeDecodeError:
+        raise StatisticsError(f"{path}: not UTF-8 text; name our samples.jsonl, or lmms-eval's "
+                              "*_samples_TASK.jsonl") from None  # fmt: skip
+    except ValueError as error:
+        raise StatisticsError(f"{path}, row {number}: no JSON object ({error}); name a whole samples file") from None
 
 
 def _by_question(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Mapping[str, Any]]:

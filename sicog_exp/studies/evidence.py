@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sicog_exp.experiment import SUMMARY, run_experiment
-from sicog_exp.recipe import Recipe
+from sicog_exp.recipe import Recipe, RecipeError
 from sicog_exp.store import Artifact, Store
 
 ARMS = ("curated", "random candidate", "annotated only")
@@ -73,13 +73,27 @@ def means(found: dict[str, list[list[Path]]], resamples: int) -> list[dict[str, 
     return rows
 
 
+def _check(recipe: Recipe, out: Path) -> None:
+    """What would be known only after hours. Raises RecipeError."""
+    if recipe.iterations < 1:
+        raise RecipeError("iterations=0: the arms differ from G1 on; use iterations=1 or more")
+    if not recipe.self_data:
+        raise RecipeError("self_data=false: this is the arm without self-data, which is run anyway; leave it out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"--out {out}: {error.strerror}: {error.filename}; name a file that can be written") from None
+    if out.is_dir():
+        raise RecipeError(f"--out {out}: a folder; name a file, such as {out / 'evidence.json'}")
+
+
 def run_evidence(recipe: Recipe, seeds: Sequence[int], out: Path, console: Console) -> None:
     """Run or read all arms and seeds; print the comparisons and write them to `out` as JSON."""
+    _check(recipe, out)
     found = gather(recipe, seeds, console)
     resamples = recipe.evaluation.bootstrap
     result = {"recipe": recipe.name, "split": recipe.evaluation.split, "seeds": list(seeds),
               "means": means(found, resamples), "comparisons": comparisons(found, resamples)}  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     show(result, console)
     console.print(f"written to {out}")

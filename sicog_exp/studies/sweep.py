@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from sicog_exp.ahead import check_ahead
+from sicog_exp.evaluation.benchmarks import BenchmarkError, load_suite
 from sicog_exp.recipe import Recipe, RecipeError, load, load_as, to_yaml
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 HEARTBEAT = 30
 """Seconds between the signs of life that workers leave in a database."""
+TRIES = 4
+"""Tries to open a database whose tables other workers are just making."""
 FAILURES = 3
 """Trials that may fail one after another before the search stops: then it is not the values' fault."""
 STARTUP = 8
@@ -56,6 +61,13 @@ class Axis:
             raise RecipeError("an axis has low and high, or choices")
         if self.low is not None and self.high is not None and not self.low <= self.high:
             raise RecipeError(f"low={self.low}, high={self.high}: low must not be above high")
+
+    def ends(self) -> tuple[Any, ...]:
+        """The values that a recipe must take for all others to be taken: every choice, or both ends of the range."""
+        if self.choices:
+            return self.choices
+        low, high = cast(float, self.low), cast(float, self.high)
+        return (round(low), round(high)) if self.whole else (low, high)
 
     def suggest(self, trial: Trial, key: str) -> Any:
         if self.choices:
@@ -112,14 +124,37 @@ class StudyConfig:
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """The study in a YAML file; its recipe and every searched key are checked. Raises RecipeError."""
+    if not Path(path).is_file():
+        raise RecipeError(f"{path}: no such study; the shipped ones are in experiments/sweeps/")
     study = load_as(StudyConfig, path, overrides)
-    recipe = load(study.recipe, study.overrides)
-    for key, axis in study.space.items():
-        smallest = axis.choices[0] if axis.choices else round(cast(float, axis.low)) if axis.whole else axis.low
-        load(study.recipe, [*study.overrides, _override(key, smallest)])
-    if recipe.iterations < 1:
-        raise RecipeError(f"{path}: iterations={recipe.iterations}: a sweep needs a generation after G0")
+    try:
+        _check(study)
+    except (RecipeError, BenchmarkError) as error:
+        raise RecipeError(f"{path}: {error}") from None
     return study
+
+
+def _check(study: StudyConfig) -> None:
+    """That the recipe takes both ends of every axis, and that every objective is measured."""
+    recipe = load(study.recipe, study.overrides)
+    for position, (key, axis) in enumerate(study.space.items()):
+        for value in axis.ends():
+            try:
+                load(study.recipe, [*study.overrides, _override(key, value)])
+            except RecipeError as error:
+                raise RecipeError(f"space.{key}: {error}") from None
+        earlier = list(study.space)[:position]
+        if axis.when and axis.when.partition("=")[0] not in earlier:
+            raise RecipeError(f"space.{key}.when={axis.when}: names no axis before this one; before it stand "
+                              f"{', '.join(earlier) or 'none'}")  # fmt: skip
+    if recipe.iterations < 1:
+        raise RecipeError(f"iterations={recipe.iterations}: a sweep needs a generation after G0")
+    tasks = load_suite(recipe.evaluation.suite).tasks("development")
+    known = ["eval/mean/accuracy", "cost/flops", "cost/seconds", *(f"eval/{task.task}/accuracy" for task in tasks)]
+    for metric in (objective.metric for objective in study.objectives):
+        of_a_task = metric.startswith(tuple(f"eval/{task.task}/" for task in tasks))
+        if metric not in known and not of_a_task:
+            raise RecipeError(f"objectives: {metric} is not measured here; there are {', '.join(known)}")
 
 
 def _override(key: str, value: Any) -> str:
@@ -155,6 +190,7 @@ def run_sweep(study: StudyConfig, console: Console) -> Path:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     base = recipe_of(study, {}, "development")
+    check_ahead(base)
     client = connect(base.tracking)
     search = open_study(study, base)
     retry_the_dead(search, console)
@@ -191,15 +227,38 @@ def open_study(study: StudyConfig, base: Recipe) -> Study:
 
 
 def _storage(study: StudyConfig, base: Recipe) -> Any:
-    from optuna.storages import JournalStorage, RDBStorage, RetryFailedTrialCallback
+    from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import SQLAlchemyError
 
     if study.storage:
-        return RDBStorage(study.storage, heartbeat_interval=HEARTBEAT, grace_period=4 * HEARTBEAT,
-                          failed_trial_callback=RetryFailedTrialCallback())  # fmt: skip
+        try:
+            return _database(study.storage)
+        except (SQLAlchemyError, ImportError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise RecipeError(f"storage={study.storage}: no database answers there ({first}); correct the URL, such as "
+                              "postgresql://USER@HOST/DATABASE or sqlite:///FILE") from None  # fmt: skip
     folder = Path(base.store) / "studies"
     folder.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(folder / f"{study.name}.journal")))
+
+
+def _database(url: str) -> Any:
+    """Optuna makes its tables without a lock: of two workers that begin on an empty database one may fail, and finds
+    them made when it tries again."""
+    from optuna.storages import RDBStorage, RetryFailedTrialCallback
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+    def opened() -> Any:
+        return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=4 * HEARTBEAT,
+                          failed_trial_callback=RetryFailedTrialCallback())  # fmt: skip
+
+    for _ in range(TRIES):
+        try:
+            return opened()
+        except (IntegrityError, ProgrammingError):
+            time.sleep(1)
+    return opened()
 
 
 def _pruner(study: StudyConfig) -> Any:

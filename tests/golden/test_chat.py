@@ -267,3 +267,14 @@ def test_any_words_are_masked_right(first: str, second: str, asked: str, name: s
     for i in (1, 3):
         ids = chat.prompt(messages[:i], inputs_of(messages, chat))
         assert example.input_ids[: len(ids)] == ids
+
+
+def test_a_processor_that_counts_image_tokens_from_more_than_pixels_is_named() -> None:
+    chat = encoder()
+
+    def count(inputs: Any, index: int) -> str:
+        return inputs["num_patches"][index]
+
+    chat.processor.replace_image_token = count
+    with pytest.raises(ChatError, match="counts image tokens from 'num_patches'"):
+        chat.prompt((user("What is this?", 1),), pixels(1, chat))
