@@ -3,7 +3,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: iterate test check ui base
+.PHONY: iterate test check ui base docs
 
 # The whole loop on the embedded default; run it again and it finds everything done.
 iterate: .venv/installed
@@ -18,6 +18,10 @@ check: .venv/installed
 
 ui: .venv/installed
 	$(BIN)/sicog ui
+
+# The guide as a site: build/site/index.html.
+docs: .venv/installed
+	$(BIN)/properdocs build -f mkdocs.yml --strict
 
 # Trains the embedded base again and puts it where the package ships it.
 base: .venv/installed
