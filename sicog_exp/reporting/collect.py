@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+from sicog_exp.curation import diversity
 from sicog_exp.curation.curate import Group
 from sicog_exp.curation.diagnosis import Diagnosis, Truth, diagnose, final_of, quality, read_truth
 from sicog_exp.data.images import open_image
@@ -73,8 +74,10 @@ class Lineage(Protocol):
 
 
 def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact]], *, run_id: str, run_uri: str,
-            date: str, reproduce: str, orchestration_share: float | None) -> ReportData:  # fmt: skip
-    """Everything that the report of a finished run shows. `done` lists (generation, artifact) of every step."""
+            date: str, reproduce: str, orchestration_share: float | None,
+            watched: Sequence[str] = ()) -> ReportData:  # fmt: skip
+    """Everything that the report of a finished run shows. `done` lists (generation, artifact) of every step, `watched`
+    what the run's alarms and checks say."""
     generations = _generations(lineage, recipe.evaluation.bootstrap)
     return ReportData(
         name=recipe.name,
@@ -89,9 +92,10 @@ def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact
         curation=tuple(_curation(i, curated, lineage.data) for i, curated in enumerate(lineage.curated)),
         cost=Cost(_cost_rows(done), orchestration_share, _device(recipe, lineage.generations[-1].scores)),
         gallery=_gallery(recipe, lineage) if lineage.curated else (),
+        diversity=tuple(diversity.read_diversity(one.path, lineage.data.path) for one in lineage.curated),
         questions=_questions(recipe, lineage),
         lineage=_nodes(done),
-        notes=tuple(_notes(recipe, lineage, generations[-1])),
+        notes=(*watched, *_notes(recipe, lineage, generations[-1])),
     )
 
 
@@ -100,7 +104,7 @@ def curation_metrics(curated: Artifact, data: Artifact) -> dict[str, float]:
 
     `precision_*` needs the truth: the share of right answers, or of true statements in captions.
     """
-    named: dict[str, float] = {}
+    named = diversity.metrics(diversity.read_diversity(curated.path, data.path))
     for group, found in _diagnosed(curated.path, data.path).items():
         values = {
             "keep_rate": found.keep_rate,

@@ -15,6 +15,8 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, with_config
 
+from sicog_exp.curation.curate import Group
+from sicog_exp.curation.diversity import Diversity
 from sicog_exp.prompts import KINDS, final_text
 from sicog_exp.reporting import charts
 
@@ -223,6 +225,8 @@ class ReportData:
     libraries: Mapping[str, str] = field(default_factory=dict)
     deltas: tuple[Delta, ...] = ()
     curation: tuple[Curation, ...] = ()
+    diversity: tuple[Mapping[Group, Diversity], ...] = ()
+    """Of what curation kept, iteration by iteration."""
     cost: Cost | None = None
     gallery: tuple[Sample, ...] = ()
     questions: tuple[Question, ...] = ()
@@ -258,8 +262,8 @@ def draw(template: str, **shown: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(home), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=percent, points=points, p_value=p_value, si=si, duration=charts.duration,
-                               format_name=format_name)  # fmt: skip
+    environment.filters.update(percent=percent, points=points, number=number, p_value=p_value, si=si,
+                               duration=charts.duration, format_name=format_name)  # fmt: skip
     style = (home / "report.css").read_text(encoding="utf-8")
     return environment.get_template(template).render(style=safe(style), **shown)
 
@@ -360,6 +364,11 @@ def format_name(answer_format: str) -> str:
 def percent(share: float | None, digits: int = 1) -> str:
     """41.2% for 0.412, a dash for None."""
     return "\N{EN DASH}" if share is None else f"{100 * share:.{digits}f}%"
+
+
+def number(value: float | None) -> str:
+    """Two decimals, a dash for None."""
+    return "\N{EN DASH}" if value is None else f"{value:.2f}"
 
 
 def points(share: float) -> str:

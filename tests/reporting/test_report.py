@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from sicog_exp.curation.curate import Group
+from sicog_exp.curation.diversity import Diversity
 from sicog_exp.data.questions import FAMILIES
 from sicog_exp.prompts import structured
 from sicog_exp.reporting import charts
@@ -112,6 +114,11 @@ def gallery() -> tuple[r.Sample, ...]:
     return tuple(samples)
 
 
+def variety(left: float) -> dict[Group, Diversity]:
+    captions = Diversity(540, 30.5, 140, 0.3 * left, 0.6 * left, None, 0.21, None, 0.99, 0.01)
+    return {"caption": captions, "reasoning": Diversity(9, 28.0, 90, None, None, 2.5 * left, 0.3, None, 0.97, 0.0)}
+
+
 def questions() -> tuple[r.Question, ...]:
     outcomes = ((False, False, True), (True, False, False), (True, True, True), (False, True, False))
     return tuple(
@@ -156,6 +163,7 @@ def demo() -> r.ReportData:
         {"torch": "2.13.0", "transformers": "5.20.0"},
         tuple(deltas),
         (curation(0), curation(1)),
+        (variety(1.0), variety(0.6)),
         cost(),
         gallery(),
         questions(),
