@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sicog_exp import loop
+from sicog_exp import cleandata, loop
 from sicog_exp.ahead import check_ahead
 from sicog_exp.progress import Display
 from sicog_exp.recipe import Recipe, RecipeError, StageConfig
@@ -87,7 +87,7 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
         tracker.log_origin(generation.index, origin(lineage, runner, generation.index))
         tracker.register(generation.index, generation.model)
         tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
-    summary: dict[str, Any] = {
+    summary: dict[str, Any] = trust(recipe, lineage, runner) | {
         "run_id": tracker.run_id,
         "experiment_id": tracker.experiment_id,
         "wall_seconds": wall,
@@ -100,15 +100,28 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
         "models": [generation.model.path.name for generation in lineage.generations],
     }
     tracker.promote(summary["champion"])
+    tracker.log_metrics(tracker.run_id, cleandata.contamination_metrics(runner.done))
+    if summary["alarms"]:
+        tracker.client.set_tag(tracker.run_id, "sicog.alarm", " ".join(summary["alarms"])[:5000])
     log_datasets(recipe, lineage, tracker)
     page = collect.collect(
         recipe, lineage, runner.done, run_id=tracker.run_id, run_uri=str(tracker.client.tracking_uri),
         date=date.today().isoformat(), reproduce=REPRODUCE,
-        orchestration_share=summary["orchestration_share"])  # fmt: skip
+        orchestration_share=summary["orchestration_share"],
+        watched=[*summary["alarms"], *summary["contamination"]])  # fmt: skip
     report.write_report(page, workplace.directory / REPORT)
     (workplace.directory / SUMMARY).write_text(json.dumps(summary, indent=1, default=float))
     for name in (REPORT, SUMMARY):
         tracker.log_file(workplace.directory / name)
+
+
+def trust(recipe: Recipe, lineage: loop.Lineage, runner: Runner) -> dict[str, Any]:
+    """What was watched: overlaps of training rows with benchmarks, and alarms of collapsing self-data."""
+    from sicog_exp.curation.diversity import collapse_alarms
+
+    curated = [artifact.path for artifact in lineage.curated]
+    return {"contamination": cleandata.contamination_notes(runner.done, recipe.data.exclude_contaminated),
+            "alarms": collapse_alarms(curated, lineage.data.path, recipe.tracking.collapse_alarm)}  # fmt: skip
 
 
 def headline(scores: Mapping[str, float]) -> dict[str, float]:
@@ -216,6 +229,10 @@ def show(finished: Artifact, console: Console) -> None:
             names = f"{delta['after']} - {delta['before']}  {delta['task']}"
             points = f"{100 * delta['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]"
             console.print(f"{names}: {points}", highlight=False)
+    for text in summary["alarms"]:
+        console.print(f"[bold red]ALARM[/] {text}", highlight=False)
+    for text in summary["contamination"]:
+        console.print(text, highlight=False)
     share, wall = summary["orchestration_share"], summary["wall_seconds"]
     console.print(f"orchestration: {share:.0%} of {wall:.0f} s", highlight=False)
     console.print(f"report: {finished / REPORT}", highlight=False)

@@ -8,6 +8,7 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sicog_exp.cleandata import check_step, without_overlaps, without_repeated_texts
 from sicog_exp.prompts import Kind
 from sicog_exp.recipe import DataConfig, EvaluationConfig, ModelConfig, Recipe, RecipeError, StageConfig
 from sicog_exp.runner import Runner
@@ -41,25 +42,28 @@ class Lineage:
 def iterate(recipe: Recipe, runner: Runner) -> Lineage:
     """Run the whole recipe; a finished step is read from the store, a killed one goes on."""
     data = runner.run(data_step(recipe))
+    checked = runner.run(check_step(recipe, data))
+    clean = without_overlaps(recipe, data, checked, runner.run)
     base = runner.run(base_step(recipe))
-    model = fine_tune(runner, recipe, "instruct", recipe.instruct, base, data, instruction_shares(recipe))
+    model = fine_tune(runner, recipe, "instruct", recipe.instruct, base, clean, instruction_shares(recipe))
     lineage = Lineage(data, [Generation(0, model, evaluate(runner, recipe, model, data))], [])
     pools: list[Artifact] = []
     for index in range(recipe.iterations):
         current = lineage.generations[-1]
         runner.generation = index + 1
         start = base if recipe.start == "base" else current.model
-        aligned = align(runner, recipe, start, data)
+        aligned = align(runner, recipe, start, clean)
         if recipe.self_data:
-            generators = develop(runner, recipe, current.model, data)
-            self_data = self_data_module(recipe, index, aligned, data, generators, pools, runner)
+            generators = develop(runner, recipe, current.model, clean)
+            self_data = self_data_module(recipe, index, aligned, clean, generators, pools, runner)
             self_data.prepare_data()
             pools = self_data.pools if recipe.sampling.pooled else []
             lineage.curated.append(self_data.inputs["curated"])
+            self_data.inputs["curated"] = without_repeated_texts(recipe, lineage.curated[-1], checked, runner.run)
             pretrained = pretrain(runner, recipe, self_data)
         else:
-            pretrained = fine_tune(runner, recipe, "pretrain", recipe.pretrain, aligned, data, mixture_shares(recipe))
-        model = fine_tune(runner, recipe, "instruct", closing(recipe), pretrained, data, instruction_shares(recipe))
+            pretrained = fine_tune(runner, recipe, "pretrain", recipe.pretrain, aligned, clean, mixture_shares(recipe))
+        model = fine_tune(runner, recipe, "instruct", closing(recipe), pretrained, clean, instruction_shares(recipe))
         lineage.generations.append(Generation(index + 1, model, evaluate(runner, recipe, model, data)))
     return lineage
 
@@ -191,7 +195,8 @@ def data_step(recipe: Recipe) -> Step:
     def run(task: DataTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
         build_dataset(task.data, workplace.directory)
 
-    return Step("data", run, DataTask(recipe.data, source_state(recipe.data)), revision=DATA_REVISION)
+    config = replace(recipe.data, exclude_contaminated=True)  # which rows train is decided afterwards
+    return Step("data", run, DataTask(config, source_state(recipe.data)), revision=DATA_REVISION)
 
 
 def base_step(recipe: Recipe) -> Step:

@@ -75,6 +75,8 @@ class DataConfig:
     """A source with a larger share of unusable rows stops the run; the rows are listed in `rejected.jsonl`."""
     max_pixels: int = 50_000_000
     """Images with more pixels are set aside."""
+    exclude_contaminated: bool = True
+    """Leave rows out of training that show or say what a benchmark of the suite holds; they are listed either way."""
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
@@ -280,6 +282,12 @@ class TrackingConfig:
     """Experiment name. Under `mlflow run` its --experiment-name takes precedence."""
     register: bool = True
     """Register each generation in the model registry, with aliases gen-0, gen-1, ... and champion."""
+    collapse_alarm: float = 0.2
+    """Warn when distinct word pairs or the entropy of answers of the kept self-data fall by this share against the
+    first iteration; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        _share(self, "collapse_alarm")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> tuple[Image, str]:
         raise ImageError(name, reason, "scale it down or raise data.max_pixels")
     try:
         with _whole_files_only():
-            return _upright_rgb(image), str(image.format)
+            return upright_rgb(image), str(image.format)
     except Exception as error:
         raise _damaged(name, error) from None
 
@@ -126,7 +126,7 @@ def _damaged(name: str, error: Exception) -> ImageError:
     return ImageError(name, f"is truncated or damaged ({error or type(error).__name__})", "replace the file")
 
 
-def _upright_rgb(image: Image) -> Image:
+def upright_rgb(image: Image) -> Image:
     """EXIF orientation applied, transparency over white, 16-bit greys scaled (Pillow would clip them to white)."""
     import numpy as np
     from PIL import Image, ImageOps

@@ -176,8 +176,7 @@ def evaluate(
     """
     out.mkdir(parents=True, exist_ok=True)
     tasks = suite.tasks(split)
-    with _environment(dataset_dir), _quiet_harness(), _kept_random_state():
-        manager = _task_manager([task.task for task in tasks], suite.include)
+    with harness(dataset_dir, [task.task for task in tasks], suite.include) as manager:
         results = _run(engine, tasks, manager, config, out)
     samples = {task.task: _samples(task, results) for task in tasks}
     made = {task.task: _task_score(task, samples[task.task], _kind(results, task.task)) for task in tasks}
@@ -188,6 +187,13 @@ def evaluate(
     _write_json(out / SCORES, asdict(scores))
     _write_json(out / RESULTS, {key: results[key] for key in ("results", "versions", "n-samples")})
     return scores
+
+
+@contextmanager
+def harness(dataset_dir: Path, tasks: Sequence[str], include: Sequence[str]) -> Iterator[Any]:
+    """lmms-eval's task manager, offline and quiet over our data set; raises BenchmarkError for an unknown task."""
+    with _environment(dataset_dir), _quiet_harness(), _kept_random_state():
+        yield _task_manager(tasks, include)
 
 
 def read_samples(out: Path) -> list[Sample]:

@@ -1,0 +1,222 @@
+"""Training pools against benchmarks, as steps of the store: a check that lists overlaps, copies without what it found.
+
+The check depends on the suite; what trains depends on the rows that were left out alone. So a run without overlaps
+trains on the data set's own artifact, whatever the suite, and nothing of it changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sicog_exp.curation.contamination import Overlap, Picture, Question, Row, TextIndex, counts, overlaps, picture_of
+from sicog_exp.data.images import open_image
+from sicog_exp.data.readers import words_of
+from sicog_exp.evaluation.benchmarks import load_suite, suite_state
+from sicog_exp.prompts import question_of
+from sicog_exp.recipe import Recipe, RecipeError
+from sicog_exp.records import Record, read_jsonl, read_records, write_jsonl, write_records
+from sicog_exp.store import MANIFEST, Artifact, Step, Workplace
+
+POOLS = ("annotated", "unlabeled", "instruction")
+CHECK, SELF_CHECK = "contamination", "contamination-self"
+OVERLAPS, QUESTIONS, SUMMARY = "overlaps.jsonl", "questions.jsonl", "summary.json"
+REVISION = 1
+RunStep = Callable[[Step], Artifact]
+
+
+@dataclass(frozen=True)
+class CheckTask:
+    """What the check depends on besides the data: what the suite's benchmarks hold now."""
+
+    benchmarks: Mapping[str, str]
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class CleanTask:
+    """Rows to leave out: Parquet file -> ids."""
+
+    left_out: Mapping[str, Sequence[str]]
+
+
+def check_step(recipe: Recipe, data: Artifact) -> Step:
+    """Every training pool of the data set against every benchmark of the suite."""
+    suite = recipe.evaluation.suite
+
+    def run(task: CheckTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+        check(suite, inputs["data"].path, workplace, task.max_pixels)
+
+    return Step(CHECK, run, CheckTask(suite_state(suite), recipe.data.max_pixels), {"data": data}, revision=REVISION)
+
+
+def check(suite: str, data: Path, workplace: Workplace, max_pixels: int) -> None:
+    """Fill a step's directory: `overlaps.jsonl`, `questions.jsonl` (the benchmarks' texts), `summary.json`."""
+    from sicog_exp.evaluation.contents import read_contents
+
+    held = read_contents(load_suite(suite), data)
+    records = [(split, record) for split in POOLS for record in read_records(data / f"{split}.parquet")]
+    names = list(dict.fromkeys(image for _, record in records for image in record.images))
+    shown = read_pictures(data, names, max_pixels)
+    rows = [_row(split, record) for split, record in records]
+    found = list(overlaps(rows, shown, held.questions, held.pictures))
+    write_jsonl(workplace.directory / QUESTIONS, (asdict(question) for question in held.questions))
+    summary = {
+        "rows": {split: sum(row.split == split for row in rows) for split in POOLS},
+        "pictures": len(shown),
+        "questions": _per_task(held.questions),
+        "benchmark_pictures": len(held.pictures),
+        "long_texts": len(TextIndex(held.questions)),
+        "unread": held.unread,
+    }
+    _write(workplace, found, summary)
+
+
+def read_pictures(root: Path, names: Sequence[str], max_pixels: int) -> dict[str, Picture]:
+    """Pictures by name, decoded side by side."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(partial(_read_picture, root, max_pixels), names, chunksize=64), strict=True))
+
+
+def _read_picture(root: Path, max_pixels: int, name: str) -> Picture:
+    return picture_of(open_image(root, name, max_pixels))
+
+
+def without_overlaps(recipe: Recipe, source: Artifact, checked: Artifact, run: RunStep) -> Artifact:
+    """What trains: `source` without the rows that a check listed; itself where it listed none, or where they stay.
+
+    Raises RecipeError where nothing would be left of a pool.
+    """
+    left_out: dict[str, set[str]] = defaultdict(set)
+    for row in read_jsonl(checked / OVERLAPS) if recipe.data.exclude_contaminated else ():
+        left_out[f"{row['split']}.parquet"].add(row["id"])
+    if not left_out:
+        return source
+    task = CleanTask({name: sorted(ids) for name, ids in sorted(left_out.items())})
+    return run(Step(f"clean-{source.name}", _copy_without, task, {"source": source}, revision=REVISION))
+
+
+def without_repeated_texts(recipe: Recipe, curated: Artifact, checked: Artifact, run: RunStep) -> Artifact:
+    """The self-generated rows that train: those that repeat a long text of a benchmark are left out.
+
+    Their pictures and questions were checked with the data; the built-in world has no long text, and no step runs.
+    """
+    if not _summary(checked)["long_texts"]:
+        return curated
+    said = run(Step(SELF_CHECK, _check_self, {}, {"checked": checked, "curated": curated}, revision=REVISION))
+    return without_overlaps(recipe, curated, said, run)
+
+
+def _check_self(task: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+    held = [Question(**{**row, "images": tuple(row["images"])}) for row in read_jsonl(inputs["checked"] / QUESTIONS)]
+    rows = [_row("self", record) for record in read_records(inputs["curated"] / "self.parquet")]
+    _write(workplace, list(overlaps(rows, {}, held, {})), {"rows": {"self": len(rows)}, "unread": {}})
+
+
+def _copy_without(task: CleanTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+    source = inputs["source"].path
+    for name, ids in task.left_out.items():
+        gone = set(ids)
+        kept = [record for record in read_records(source / name) if record.id not in gone]
+        if not kept:
+            raise RecipeError(f"all rows of {name.removesuffix('.parquet')} show or say what a benchmark of the suite "
+                              "holds: use other data or another suite, or data.exclude_contaminated=false")  # fmt: skip
+        write_records(workplace.directory / name, kept)
+        workplace.add(left_out=len(gone))
+    for path in source.rglob("*"):
+        relative = path.relative_to(source)
+        if path.is_file() and str(relative) != MANIFEST and str(relative) not in task.left_out:
+            _link(path, workplace.directory / relative)
+
+
+def _link(path: Path, place: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)  # a killed run's
+    try:
+        os.link(path, place)
+    except OSError:
+        shutil.copyfile(path, place)
+
+
+def _row(split: str, record: Record) -> Row:
+    """A record's questions and responses as two texts, without images and wordings of ours."""
+    asked = [question_of(record.kind, words_of(m)) for m in record.messages if m.role == "user"]
+    said = [message.content for message in record.messages if message.role == "assistant"]
+    return Row(split, record.id, "\n".join(asked), "\n".join(said), record.images)
+
+
+def _per_task(questions: Iterable[Question]) -> dict[str, int]:
+    per_task: dict[str, int] = defaultdict(int)
+    for question in questions:
+        per_task[question.task] += 1
+    return dict(per_task)
+
+
+def _write(workplace: Workplace, found: Sequence[Overlap], summary: dict[str, Any]) -> None:
+    write_jsonl(workplace.directory / OVERLAPS, (asdict(overlap) for overlap in found))
+    text = json.dumps({**summary, "found": counts(found)}, indent=1, ensure_ascii=False)
+    (workplace.directory / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    workplace.add(samples=sum(summary["rows"].values()), overlapping=len({(o.split, o.id) for o in found}))
+
+
+# What is said about it.
+
+
+def summary_of(done: Iterable[tuple[int, Artifact]]) -> dict[str, Any]:
+    """A run's checks together: rows and found rows by pool (found by how), what could not be read."""
+    together: dict[str, Any] = {"rows": {}, "found": {}, "unread": {}, "questions": {}, "benchmark_pictures": 0}
+    for _, artifact in done:
+        if artifact.name in (CHECK, SELF_CHECK):
+            one = _summary(artifact)
+            for name in ("rows", "found"):
+                for split, value in one[name].items():
+                    together[name][split] = _added(together[name].get(split), value)
+            together |= {name: one[name] for name in ("unread", "questions", "benchmark_pictures") if one.get(name)}
+    return together
+
+
+def _added(before: Any, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return (before or 0) + value
+    before = before or {}
+    return {how: before.get(how, 0) + value.get(how, 0) for how in {**before, **value}}
+
+
+def contamination_metrics(done: Iterable[tuple[int, Artifact]]) -> dict[str, float]:
+    """`contamination/<pool>` (rows that overlap), their sum `contamination/rows`, `contamination/unread_tasks`."""
+    found = summary_of(done)
+    by_pool = {split: float(sum(found["found"].get(split, {}).values())) for split in found["rows"]}
+    named = {f"contamination/{split}": number for split, number in by_pool.items()}
+    return {**named, "contamination/rows": sum(by_pool.values()), "contamination/unread_tasks": len(found["unread"])}
+
+
+def contamination_notes(done: Iterable[tuple[int, Artifact]], excluded: bool = True) -> list[str]:
+    """What a reader must know, in sentences; one that says that nothing was found, too."""
+    return list(_notes(summary_of(done), excluded))
+
+
+def _notes(found: Mapping[str, Any], excluded: bool) -> Iterator[str]:
+    against = f"{len(found['questions'])} benchmark tasks ({found['benchmark_pictures']:,} pictures)"
+    total = sum(found["rows"].values())
+    parts = [f"{split} {sum(by_how.values()):,} ({', '.join(f'{how} {n:,}' for how, n in by_how.items())})"
+             for split, by_how in found["found"].items()]  # fmt: skip
+    if not parts:
+        yield f"Contamination: none of {total:,} training rows overlaps with {against}."
+    else:
+        what = "were left out of training" if excluded else "were trained on (data.exclude_contaminated=false)"
+        yield f"Contamination: of {total:,} training rows these overlap with {against} and {what}: {'; '.join(parts)}."
+    for task, reason in found["unread"].items():
+        yield f"Contamination: {task} could not be checked ({reason})."
+
+
+def _summary(artifact: Artifact) -> dict[str, Any]:
+    return json.loads((artifact / SUMMARY).read_text(encoding="utf-8"))
