@@ -21,7 +21,7 @@ from sicog_exp.tracking import Tracker, mark_no_op, table_link
 
 SUMMARY, REPORT = "summary.json", "report.html"
 MEAN_ACCURACY = "accuracy/mean"
-REVISION = 1
+REVISION = 2
 REPRODUCE = "sicog iterate recipe.yaml   # the resolved recipe, logged with the run"
 # Seconds of work relative to one training sample, measured on the embedded default; for the estimate alone.
 CANDIDATE_WORK, QUESTION_WORK = 0.4, 0.6
@@ -110,8 +110,9 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
         orchestration_share=summary["orchestration_share"],
         watched=[*summary["alarms"], *summary["contamination"]])  # fmt: skip
     report.write_report(page, workplace.directory / REPORT)
+    (workplace.directory / report.DATA).write_bytes(report.to_json(page))
     (workplace.directory / SUMMARY).write_text(json.dumps(summary, indent=1, default=float))
-    for name in (REPORT, SUMMARY):
+    for name in (REPORT, report.DATA, SUMMARY):
         tracker.log_file(workplace.directory / name)
 
 
