@@ -12,7 +12,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def check(suite: str, data: Path, workplace: Workplace, max_pixels: int) -> None
     shown = read_pictures(data, names, max_pixels)
     rows = [_row(split, record) for split, record in records]
     found = list(overlaps(rows, shown, held.questions, held.pictures))
-    write_jsonl(workplace.directory / QUESTIONS, (asdict(question) for question in held.questions))
+    write_jsonl(workplace.directory / QUESTIONS, (vars(question) for question in held.questions))
     summary = {
         "rows": {split: sum(row.split == split for row in rows) for split in POOLS},
         "pictures": len(shown),
@@ -162,7 +162,7 @@ def _per_task(questions: Iterable[Question]) -> dict[str, int]:
 
 
 def _write(workplace: Workplace, found: Sequence[Overlap], summary: dict[str, Any]) -> None:
-    write_jsonl(workplace.directory / OVERLAPS, (asdict(overlap) for overlap in found))
+    write_jsonl(workplace.directory / OVERLAPS, (vars(overlap) for overlap in found))
     text = json.dumps({**summary, "found": counts(found)}, indent=1, ensure_ascii=False)
     (workplace.directory / SUMMARY).write_text(text + "\n", encoding="utf-8")
     workplace.add(samples=sum(summary["rows"].values()), overlapping=len({(o.split, o.id) for o in found}))

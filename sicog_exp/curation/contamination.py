@@ -294,7 +294,8 @@ class TextIndex:
             for gram in {gram for part in parts for gram in _grams(part)}:
                 pictures[gram].add(question.images or question.id)
         self._own = {gram for gram, holders in pictures.items() if len(holders) < TEMPLATE}
-        self._texts = [(q, parts) for q, parts in texts if sum(_covered(p, self._own).sum() for p in parts) >= LONG]
+        self._texts = [(q, parts) for q, parts in texts if sum(map(len, parts)) >= LONG
+                       and sum(_covered(part, self._own).sum() for part in parts) >= LONG]  # fmt: skip
         self._holders: dict[str, list[int]] = defaultdict(list)
         for number, (_, parts) in enumerate(self._texts):
             for gram in {gram for part in parts for gram in _grams(part)} & self._own:
