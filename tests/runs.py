@@ -45,3 +45,8 @@ def outputs(store: Path) -> dict[str, dict[str, str]]:
     manifests = sorted(store.glob("*/manifest.json"))
     read = {path.parent.name: json.loads(path.read_text())["outputs"] for path in manifests}
     return {name: value for name, value in read.items() if not name.startswith("iterate")}
+
+
+def start_sweep(study: Path, folder: Path) -> subprocess.Popen:
+    """One worker of a study."""
+    return start([sys.executable, "-m", "sicog_exp.cli", "sweep", str(study)], folder)

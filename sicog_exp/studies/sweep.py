@@ -237,7 +237,7 @@ def _storage(study: StudyConfig, base: Recipe) -> Any:
         except (SQLAlchemyError, ImportError) as error:
             first = str(error).strip().splitlines()[0]
             raise RecipeError(f"storage={study.storage}: no database answers there ({first}); correct the URL, such as "
-                              "postgresql://USER@HOST/DATABASE or sqlite:///FILE") from None  # fmt: skip
+                              "postgresql+psycopg://USER@HOST/DATABASE or sqlite:///FILE") from None  # fmt: skip
     folder = Path(base.store) / "studies"
     folder.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(folder / f"{study.name}.journal")))
