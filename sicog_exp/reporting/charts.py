@@ -482,14 +482,11 @@ def lineage(nodes: Sequence[LineageNode], label: str) -> str:
             filled[node.generation] += 1
             place[node.fingerprint] = x, y
             boxes += _node(node, x, y)
+    data = {node.fingerprint for node in nodes if node.step == "data"}
     lines = [_link(place[source], place[node.fingerprint]) for node in nodes for source in node.inputs
-             if source in place and not _is_data(source, nodes)]  # fmt: skip
+             if source in place and source not in data]  # fmt: skip
     width, height = COLUMN * len(generations), ROW * max(filled.values(), default=1)
     return _svg(height, label, lines + boxes, width)
-
-
-def _is_data(fingerprint: str, nodes: Sequence[LineageNode]) -> bool:
-    return any(node.fingerprint == fingerprint and node.step == "data" for node in nodes)
 
 
 def _node(node: LineageNode, x: float, y: float) -> list[str]:

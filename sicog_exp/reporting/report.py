@@ -8,10 +8,10 @@ loaded from anywhere: a content security policy forbids it, and every text is es
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, with_config
 
@@ -23,7 +23,7 @@ from sicog_exp.reporting import charts
 DATA = "report.json"
 """The file that keeps what a report was drawn from."""
 GALLERY_BYTES, QUESTION_BYTES = 5_000_000, 2_000_000
-"""Room for the pictures and texts of samples and of questions; what is beyond it is left out, samples are counted."""
+"""Room for the pictures and texts of samples and of questions; those beyond it are counted on the page, not shown."""
 TEXT_LIMIT = 6_000
 """Characters shown of one candidate."""
 
@@ -245,8 +245,13 @@ def from_json(text: bytes) -> ReportData:
 
 
 def write_report(data: ReportData, path: Path) -> None:
-    """Write the report as one HTML file. A character without a UTF-8 form (a lone surrogate) becomes "?"."""
-    path.write_text(render(data), encoding="utf-8", errors="replace", newline="\n")
+    """Write the report as one HTML file."""
+    write_page(render(data), path)
+
+
+def write_page(page: str, path: Path) -> None:
+    """A character without a UTF-8 form (a lone surrogate) becomes "?"."""
+    path.write_text(page, encoding="utf-8", errors="replace", newline="\n")
 
 
 def render(data: ReportData) -> str:
@@ -270,8 +275,8 @@ def draw(template: str, **shown: Any) -> str:
 
 def _view(data: ReportData) -> dict[str, Any]:
     """What the template shows beside the data itself."""
-    samples = _fitting(data.gallery, GALLERY_BYTES)
-    questions = _fitting_questions(data.questions, QUESTION_BYTES)
+    samples = _fitting(data.gallery, GALLERY_BYTES, lambda s: [c.text[:TEXT_LIMIT] for c in s.candidates])
+    questions = _fitting(data.questions, QUESTION_BYTES, lambda q: [a.text for a in q.answers])
     return {
         "verdict": verdict(data),
         "headline": [(delta, *_means(data, delta)) for delta in _headline(data)],
@@ -282,6 +287,7 @@ def _view(data: ReportData) -> dict[str, Any]:
         "cost": cost_view(data.cost),
         "samples": [_sample(sample) for sample in samples],
         "left_out": len(data.gallery) - len(samples),
+        "questions_left_out": len(data.questions) - len(questions),
         "facets": facets("sample", ("Group", [s.group for s in samples]), ("Family", [s.family for s in samples]),
                          ("Outcome", ["kept" if s.kept else "set aside" for s in samples])),
         "questions": [(one, _image(one.png)) for one in questions],
@@ -510,25 +516,22 @@ def _sum(cost: Cost, name: str) -> Any:
 # The gallery.
 
 
-def _fitting(samples: Sequence[Sample], room: int) -> list[Sample]:
-    """The samples, from the first on, that fit into `room` bytes of page."""
-    shown = []
-    for sample in samples:
-        texts = sum(min(len(c.text), TEXT_LIMIT) for c in sample.candidates)
-        room -= 2 * texts + 4 * len(sample.png or b"") // 3 + 2000
-        if room < 0:
-            break
-        shown.append(sample)
-    return shown
+class _Pictured(Protocol):
+    @property
+    def png(self) -> bytes | None: ...
 
 
-def _fitting_questions(questions: Sequence[Question], room: int) -> list[Question]:
+P = TypeVar("P", bound=_Pictured)
+
+
+def _fitting(items: Sequence[P], room: int, texts: Callable[[P], list[str]]) -> list[P]:
+    """The items, from the first on, that fit into `room` bytes of page."""
     shown = []
-    for one in questions:
-        room -= 4 * len(one.png or b"") // 3 + sum(2 * len(a.text) for a in one.answers) + 2000
+    for item in items:
+        room -= 2 * sum(map(len, texts(item))) + 4 * len(item.png or b"") // 3 + 2000
         if room < 0:
             break
-        shown.append(one)
+        shown.append(item)
     return shown
 
 

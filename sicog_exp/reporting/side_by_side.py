@@ -43,7 +43,7 @@ def rebuild(runs: Sequence[str], out: Path) -> None:
     found = [read_run(connect(TrackingConfig()), run) for run in runs]
     page = report.render(found[0]) if len(found) == 1 else render(found)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8", errors="replace", newline="\n")
+    report.write_page(page, out)
 
 
 def read_run(client: MlflowClient, name: str) -> ReportData:

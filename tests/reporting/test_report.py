@@ -363,10 +363,12 @@ def test_the_file_is_bounded_and_says_what_it_left_out(tmp_path):
                             candidates=(r.SampleCandidate("dd", "word " * 50_000, 0.5, "length"),))
         for i in range(40)
     )  # fmt: skip
+    asked = tuple(dataclasses.replace(questions()[0], id=f"q{i}", png=buffer.getvalue()) for i in range(40))
     path = tmp_path / "report.html"
-    r.write_report(dataclasses.replace(demo(), gallery=big), path)
+    r.write_report(dataclasses.replace(demo(), gallery=big, questions=asked), path)
     assert path.stat().st_size < 10_000_000
     assert re.search(r"\d+ more samples are not shown", path.read_text())
+    assert re.search(r"\d+ more questions are not shown", path.read_text())
 
 
 def test_a_lone_surrogate_does_not_stop_the_report(tmp_path):
