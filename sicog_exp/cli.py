@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,31 +23,53 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="`sicog COMMAND --help` explains a command, `sicog keys` every key of a recipe; the guide is in docs/.",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _runs(commands)
+    _curation(commands)
+    _results(commands)
+    _surroundings(commands)
+    return parser
+
+
+def _runs(commands: Any) -> None:
+    """What runs a file: recipes and studies."""
     stages = "develop, generate, curate, pre-train, instruct, evaluate"
-    _recipe_command(commands, "iterate", DEFAULT_RECIPE, f"run a recipe: {stages}",
-                    "Runs a recipe, or continues it where it was killed; a finished run is a no-op.")  # fmt: skip
-    _recipe_command(commands, "base", "experiments/base.yaml", "train the embedded base model again",
-                    "Trains the embedded base from nothing and writes it to --publish.")  # fmt: skip
-    commands.choices["base"].add_argument("--publish", type=Path, help="folder for the finished model (default: none)")
+    _add(commands, "iterate", DEFAULT_RECIPE, f"run a recipe: {stages}",
+         "Runs a recipe, or continues it where it was killed; a finished run is a no-op.")  # fmt: skip
+    base = _add(commands, "base", "experiments/base.yaml", "train the embedded base model again",
+                "Trains the embedded base from nothing and writes it to --publish.")  # fmt: skip
+    base.add_argument("--publish", type=Path, help="folder for the finished model (default: none)")
+    evidence = _add(commands, "evidence", "experiments/evidence.yaml",
+                    "compare curated, random and annotated-only arms over seeds",
+                    "Runs three arms of a recipe over several seeds in one store and writes their pooled paired "
+                    "differences.")  # fmt: skip
+    evidence.add_argument("--seeds", type=_seeds, default="0,1,2", help="comma-separated (default: %(default)s)")
+    evidence.add_argument("--out", type=Path, default=Path("evidence.json"), help="result file (default: %(default)s)")
+    _add(commands, "sweep", DEFAULT_STUDY, "search a recipe's keys with Optuna",
+         "Searches the keys that a study declares, on the development split; scores the winner on the benchmark. "
+         "Run it again to continue, or elsewhere at the same time to help.", "study", "trials=20")  # fmt: skip
+
+
+def _add(commands: Any, name: str, default: str, summary: str, description: str, file: str = "recipe",
+         example: str = "seed=1 curation.caption_threshold=0.9") -> argparse.ArgumentParser:  # fmt: skip
+    """A command that reads a YAML file and changes its keys."""
+    command = commands.add_parser(name, help=summary, description=description)
+    command.add_argument(file, nargs="?", default=default, help="YAML file (default: %(default)s)")
+    command.add_argument("overrides", nargs="*", help=f"keys of the {file} to change, such as {example}")
+    command.add_argument("--overrides", dest="more", default="", metavar="'A=1 B=2'", help="the same as one argument")
+    return command
+
+
+def _curation(commands: Any) -> None:
     curate = commands.add_parser("curate", help="curate any file of candidates by self-consistency", description=(
         "Reads rows {id, kind, prompt, image, candidates} and writes curated.jsonl, scores.jsonl, preferences.jsonl, "
         "rejected.jsonl and summary.json."))  # fmt: skip
     curate.add_argument("--candidates", type=Path, required=True, help="JSONL file of rows with candidates")
     curate.add_argument("--out", type=Path, required=True, help="folder for the results")
     curate.add_argument("overrides", nargs="*", help="such as curation.encoder=minilm curation.caption_threshold=0.9")
-    _recipe_command(commands, "evidence", "experiments/evidence.yaml",
-                    "compare curated, random and annotated-only arms over seeds",
-                    "Runs three arms of a recipe over several seeds in one store and writes their pooled paired "
-                    "differences.")  # fmt: skip
-    evidence = commands.choices["evidence"]
-    evidence.add_argument("--seeds", type=_seeds, default="0,1,2", help="comma-separated (default: %(default)s)")
-    evidence.add_argument("--out", type=Path, default=Path("evidence.json"), help="result file (default: %(default)s)")
-    sweep = commands.add_parser("sweep", help="search a recipe's keys with Optuna", description=(
-        "Searches the keys that a study declares, on the development split; scores the winner on the benchmark. "
-        "Run it again to continue, or elsewhere at the same time to help."))  # fmt: skip
-    sweep.add_argument("study", nargs="?", default=DEFAULT_STUDY, help="YAML file (default: %(default)s)")
-    sweep.add_argument("overrides", nargs="*", help="keys of the study to change, such as trials=20")
-    sweep.add_argument("--overrides", dest="more", default="", metavar="'A=1 B=2'", help="the same as one argument")
+
+
+def _results(commands: Any) -> None:
+    """What reads finished runs."""
     compare = commands.add_parser("compare", help="paired differences of generations or sample files", description=(
         "B - A for every further source, per task and overall, with image-clustered intervals. A source is an "
         "evaluation's or a run's folder (FOLDER:G1 names a generation), a sample file of ours or of lmms-eval, or an "
@@ -55,18 +77,22 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("sources", nargs="+", metavar="A B", help="two sources or more")
     compare.add_argument("--metric", help="which value of lmms-eval's sample files, where they hold several")
     compare.add_argument("--json", action="store_true", help="print JSON; differences are fractions")
-    export = commands.add_parser("export", help="write a generation's model and self-data to pass on", description=(
-        "Writes a generation of a finished run as a folder: the model and the self-data that it was pre-trained on, "
-        "each with its card, the recipe and the scores."))  # fmt: skip
-    export.add_argument("run", metavar="RUN", help="id of an MLflow run: of an experiment (its champion; RUN:G1 names "
-                        "another generation) or of a generation")  # fmt: skip
-    export.add_argument("directory", metavar="DIR", type=Path, help="a new or empty folder")
     report = commands.add_parser("report", help="draw the report of a run again, or of several runs side by side",
                                  description=(
         "Draws from the tracking store alone, on any machine: one run's report, or a page on which several runs stand "
         "side by side, each compared with the first."))  # fmt: skip
     report.add_argument("runs", nargs="+", metavar="RUN", help="id of an MLflow run, or the name of one experiment")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")
+    export = commands.add_parser("export", help="write a generation's model and self-data to pass on", description=(
+        "Writes a generation of a finished run as a folder: the model and the self-data that it was pre-trained on, "
+        "each with its card, the recipe and the scores."))  # fmt: skip
+    export.add_argument("run", metavar="RUN", help="id of an MLflow run: of an experiment (its champion; RUN:G1 names "
+                        "another generation) or of a generation")  # fmt: skip
+    export.add_argument("directory", metavar="DIR", type=Path, help="a new or empty folder")
+
+
+def _surroundings(commands: Any) -> None:
+    """Keys, machine, tracking store."""
     keys = commands.add_parser("keys", help="list every recipe key with its type, default and meaning", description=(
         "Lists the keys that a recipe sets and that an override KEY=VALUE changes, with their defaults."))  # fmt: skip
     keys.add_argument("prefix", nargs="?", default="", help="only keys that begin so, such as curation")
@@ -77,14 +103,6 @@ def build_parser() -> argparse.ArgumentParser:
     ui = commands.add_parser("ui", help="open the MLflow UI on 127.0.0.1", description=(
         "Serves the runs of MLFLOW_TRACKING_URI, or else of mlflow.db here, to this machine alone."))  # fmt: skip
     ui.add_argument("--port", type=_port, default=5000, help="port (default: %(default)s)")
-    return parser
-
-
-def _recipe_command(commands, name: str, default: str, summary: str, description: str) -> None:
-    command = commands.add_parser(name, help=summary, description=description)
-    command.add_argument("recipe", nargs="?", default=default, help=f"YAML file (default: {default})")
-    command.add_argument("overrides", nargs="*", help="keys to change, such as seed=1 curation.caption_threshold=0.9")
-    command.add_argument("--overrides", dest="more", default="", metavar="'A=1 B=2'", help="the same as one argument")
 
 
 def _seeds(text: str) -> list[int]:
