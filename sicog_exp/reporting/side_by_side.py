@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,19 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Compared:
-    """One run on the page."""
+    """One run on the page; `place` counts from 0 and chooses its letter and colour."""
 
-    letter: str
+    place: int
     data: ReportData
+
+    @property
+    def letter(self) -> str:
+        return chr(ord("A") + self.place)
+
+    @property
+    def slot(self) -> int:
+        """Of the colours; the first one is G0's grey."""
+        return self.place + 1
 
 
 def rebuild(runs: Sequence[str], out: Path) -> None:
@@ -92,36 +102,41 @@ def _by_name(client: MlflowClient, name: str) -> Run:
 
 def render(found: Sequence[ReportData]) -> str:
     """The page of several runs, the first being what the others are compared with."""
-    runs = [Compared(chr(ord("A") + i), data) for i, data in enumerate(found)]
+    runs = list(starmap(Compared, enumerate(found)))
     differences, refused = _differences(runs)
     costs = [(run, cost) for run in runs if (cost := report.cost_view(run.data.cost))]
     return report.draw(
-        "side_by_side.html", runs=runs, differences=differences, refused=refused, forests=_forests(differences),
+        "side_by_side.html", runs=runs, refused=refused, forests=_forests(differences),
+        differences=[(_name(other), d) for other, d in differences],
         generations=range(max(len(run.data.generations) for run in runs)), curves=_curves(runs),
         recipe_rows=_recipe_rows(runs), curation=_curation(runs), costs=costs, cost_chart=_cost_chart(costs),
         lineages=[(run, safe(charts.lineage(run.data.lineage, f"Steps of {run.letter}"))) for run in runs
                   if run.data.lineage])  # fmt: skip
 
 
-Difference = tuple[str, outcomes.Comparison]
+Difference = tuple[Compared, outcomes.Comparison]
+"""A run, and its last generation's difference to the first run's."""
 
 
 def _differences(runs: Sequence[Compared]) -> tuple[list[Difference], list[str]]:
     """Last generations against the first run's, by the per-question results in MLflow; and why some cannot be."""
     first, made, refused = runs[0], [], []
     for other in runs[1:]:
-        name = f"{other.letter} \N{MINUS SIGN} {first.letter}"
         try:
-            made += [(name, d) for d in outcomes.compare(first.data.run_id, other.data.run_id)]
+            made += [(other, d) for d in outcomes.compare(first.data.run_id, other.data.run_id)]
         except StatisticsError as error:
-            refused.append(f"{name} is not compared: {error}")
+            refused.append(f"{_name(other)} is not compared: {error}")
     return made, refused
+
+
+def _name(other: Compared) -> str:
+    return f"{other.letter} \N{MINUS SIGN} A"
 
 
 def _forests(differences: Sequence[Difference]) -> list[tuple[str, Any]]:
     by_task: dict[str, list[charts.ForestRow]] = {}
-    for name, d in differences:
-        row = charts.ForestRow(name, charts.Mark(d.difference, d.low, d.high), ord(name[0]) - ord("A") + 1)
+    for other, d in differences:
+        row = charts.ForestRow(_name(other), charts.Mark(d.difference, d.low, d.high), other.slot)
         by_task.setdefault(d.task, []).append(row)
     return [(task, safe(charts.forest(rows, f"Differences on {task}"))) for task, rows in by_task.items()]
 
@@ -134,8 +149,8 @@ def _curves(runs: Sequence[Compared]) -> list[dict[str, Any]]:
     for task, answer_format in keys:
         title = f"{task}, {report.format_name(answer_format)}"
         rows = [(run, _scores(run.data, task, answer_format, length)) for run in runs]
-        series = [charts.Series(run.letter, tuple(map(report.mark_of, scores)), color=charts.generation_color(i + 1))
-                  for i, (run, scores) in enumerate(rows)]  # fmt: skip
+        series = [charts.Series(run.letter, tuple(map(report.mark_of, scores)), color=charts.generation_color(run.slot))
+                  for run, scores in rows]  # fmt: skip
         svg = charts.generation_curve(series, [f"G{g}" for g in range(length)], f"{title}, of every run")
         made.append({"title": title, "svg": safe(svg), "rows": rows})
     return made

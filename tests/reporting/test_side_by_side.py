@@ -62,7 +62,7 @@ def test_runs_stand_side_by_side(client: MlflowClient, tmp_path: Path) -> None:
     assert "B \N{MINUS SIGN} A" in words
     assert "+25.0" in words
     assert "curation.select" in words
-    assert "seed" not in [row[0] for row in s._recipe_rows([s.Compared("A", demo()), s.Compared("B", other)])]
+    assert "seed" not in [row[0] for row in s._recipe_rows([s.Compared(0, demo()), s.Compared(1, other)])]
     assert page.count("<svg") == 1 + 4 + 1 + 2
     assert "http" not in page.replace("http-equiv", "")
 
