@@ -79,7 +79,7 @@ def stored_encoder(name: str, folders: Sequence[Path]) -> Encoder:
     def embed(texts: list[str]) -> npt.NDArray[np.float32]:
         found = [places.get(_digest(text)) for text in texts]
         missing = [text for text, place in zip(texts, found, strict=True) if place is None]
-        fresh = iter(np.asarray(model()(missing), np.float32) if missing else [])
+        fresh: Iterator[npt.NDArray] = iter(np.asarray(model()(missing), np.float32) if missing else ())
         return np.stack([place[0][place[1]] if place else next(fresh) for place in found])
 
     return EmbeddingEncoder(name, embed)

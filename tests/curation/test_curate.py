@@ -21,8 +21,8 @@ def item(id: str, group: str, texts: Sequence[str], image: str | None = "i.png")
     return Item(id, group, "prompt", image, responses)
 
 
-def one(candidates: Item, **options: object) -> Decision:
-    return next(curate([candidates], CurationConfig(**options)))  # type: ignore[arg-type]
+def one(asked: Item, **options: object) -> Decision:
+    return next(curate([asked], CurationConfig(**options)))  # type: ignore[arg-type]
 
 
 def test_defect_cot_chain_is_kept_whole() -> None:
