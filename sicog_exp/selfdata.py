@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,8 +50,13 @@ def requests_for(task: PoolTask, unlabeled: Sequence[Record], root: Path) -> lis
     return requests
 
 
+def items_of(inputs: Mapping[str, Artifact]) -> list[Record]:
+    """The records to sample for: those of `items` where there is such an input, else the data set's unlabeled ones."""
+    return read_records(inputs.get("items", inputs["data"]) / "unlabeled.parquet")
+
+
 def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    """Sample candidates for the unlabeled items of one group into `candidates.jsonl`."""
+    """Sample candidates for the items of one group into `candidates.jsonl`."""
     from sicog_exp.generation.pool import generate_pool
     from sicog_exp.generation.transformers_engine import TransformersEngine
     from sicog_exp.models.loading import work_of
@@ -59,7 +64,7 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     engine = TransformersEngine.from_path(inputs["generator"].path, task.model.generation_dtype,
                                           task.model.torch_device, task.model.trust_remote_code,
                                           threads=task.model.threads)  # fmt: skip
-    requests = requests_for(task, read_records(inputs["data"] / "unlabeled.parquet"), inputs["data"].path)
+    requests = requests_for(task, items_of(inputs), inputs["data"].path)
     sampling = task.sampling
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)
     facts = generate_pool(engine, requests, decoding, workplace.scratch, workplace.directory / "candidates.jsonl",
@@ -67,6 +72,20 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     tokens = facts["prompt_tokens"] + facts["new_tokens"]
     workplace.add(samples=facts["candidates"], tokens=tokens, model_seconds=facts["seconds"],
                   flops=work_of(engine.model).flops(tokens, 0, training=False))  # fmt: skip
+
+
+def sample_pools(task: PoolTask, generators: Mapping[Group, Artifact], inputs: Mapping[str, Artifact],
+                 run: Callable[[Step], Artifact], name: str = "generate") -> dict[Group, Artifact]:  # fmt: skip
+    """A pool of every group that has items and candidates to sample; `inputs` as in `generate`, but the generator."""
+    # A folder of images without questions has captions to sample and no answers.
+    present = {group_of(record.kind) for record in items_of(inputs)}
+    pools = {}
+    for group, generator in generators.items():
+        if group in present and any(getattr(task.sampling, kind) for kind in GROUPS[group]):
+            step = Step(f"{name}-{group}", generate, replace(task, group=group), {"generator": generator, **inputs},
+                        task.seed, POOL_REVISION)  # fmt: skip
+            pools[group] = run(step)
+    return pools
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,17 @@ def curate(task: CurationTask, inputs: Mapping[str, Artifact], workplace: Workpl
     workplace.add(samples=items, kept=summary["kept"])
 
 
+def curation_step(name: str, curation: CurationConfig, data: Artifact, pools: Iterable[Artifact]) -> Step:
+    """Curate these pools together; `data` holds the items that they were sampled for."""
+    inputs = {"data": data, **numbered(pools)}
+    return Step(name, curate, CurationTask(curation), inputs, 0, CURATION_REVISION)
+
+
+def numbered(pools: Iterable[Artifact]) -> dict[str, Artifact]:
+    """Pools as a step's inputs."""
+    return {f"pool{i:02d}": pool for i, pool in enumerate(pools)}
+
+
 class SelfDataModule(MixtureData):
     """`prepare_data` samples and curates through the store, `setup` builds the pre-training mixture.
 
@@ -142,14 +172,6 @@ class SelfDataModule(MixtureData):
         if self.curated is not None:
             return
         data = self.inputs["data"]
-        # A folder of images without questions has captions to sample and no answers.
-        present = {group_of(record.kind) for record in read_records(data / "unlabeled.parquet")}
-        for group, generator in self._generators.items():
-            task = replace(self._pool_task, group=group)
-            if group in present and any(getattr(task.sampling, kind) for kind in GROUPS[group]):
-                step = Step(f"generate-{group}", generate, task, {"generator": generator, "data": data}, task.seed,
-                            POOL_REVISION)  # fmt: skip
-                self.pools.append(self._run(step))
-        pools = {f"pool{i:02d}": pool for i, pool in enumerate(self.pools)}
-        step = Step("curate", curate, CurationTask(self._curation), {"data": data, **pools}, 0, CURATION_REVISION)
+        self.pools += sample_pools(self._pool_task, self._generators, {"data": data}, self._run).values()
+        step = curation_step("curate", self._curation, data, self.pools)
         self.curated = self.inputs["curated"] = self._run(step)
