@@ -194,8 +194,20 @@ def expected_work(recipe: Recipe) -> dict[str, float]:
             names = ("develop",) if recipe.generators == "mixed" else ("develop-perception", "develop-reasoning")
             steps |= {name: stage(recipe.develop) for name in names}
             steps |= {"generate-caption": captions * CANDIDATE_WORK, "generate-reasoning": answers * CANDIDATE_WORK}
+            steps |= preference_work(recipe, stage(recipe.preference), captions, answers)
         work |= {f"G{g} {name}": amount for name, amount in steps.items()}
     return work
+
+
+def preference_work(recipe: Recipe, pairs: float, captions: float, answers: float) -> dict[str, float]:
+    """Of an iteration's preference steps: a pair is two samples, its candidates are a share of the pool's."""
+    if not pairs:
+        return {}
+    names = ("preference",) if recipe.generators == "mixed" else ("preference-perception", "preference-reasoning")
+    pool = recipe.data.unlabeled_images or 1
+    share = CANDIDATE_WORK * min(recipe.preference.images or pool, pool) / pool
+    return {**dict.fromkeys(names, 2 * pairs), "preference-generate-caption": captions * share,
+            "preference-generate-reasoning": answers * share}  # fmt: skip
 
 
 def check_memory(recipe: Recipe) -> None:
