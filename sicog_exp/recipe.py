@@ -273,6 +273,22 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    """When to end before `iterations`; everything is off by default. Looked at after every generation but the last."""
+
+    no_gain: bool = False
+    """Stop when a generation's mean paired difference to the one before is not above zero beyond noise (95% interval).
+    Decided on the development split alone, on which G0 and later generations are scored for it."""
+    collapse: bool = False
+    """Stop when the collapse alarm (`tracking.collapse_alarm`) rings."""
+    budget_flops: float | None = None
+    """Stop when the FLOPs of the run's steps, those read from the store included, reach this (4.0e+15, say)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "budget_flops")
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """MLflow."""
 
@@ -299,7 +315,7 @@ class Recipe:
     seed: int = 0
     """Seed of training order and sampling."""
     iterations: int = 2
-    """Iterations g -> g+1; 2 give generations G0, G1, G2."""
+    """Iterations g -> g+1; 2 give generations G0, G1, G2. The most there can be, where `stop` ends a run earlier."""
     start: Literal["base", "previous"] = "base"
     """The next generation starts from the base's parts or from the previous generation's."""
     generators: Literal["mixed", "two"] = "mixed"
@@ -322,6 +338,7 @@ class Recipe:
     closing_steps: int | None = None
     """Steps of the instruct stage that closes every generation after G0; as many as G0's if nothing is said."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -332,6 +349,9 @@ class Recipe:
         candidates = self.sampling.cod + self.sampling.dd + self.sampling.cot + self.sampling.direct
         _require(not self.self_data or candidates > 0, "sampling asks for no candidate of any kind: set sampling.cod, "
                  "sampling.dd, sampling.cot or sampling.direct above 0, or self_data=false")  # fmt: skip
+        watched = self.self_data and self.tracking.collapse_alarm > 0
+        _require(not self.stop.collapse or watched, "stop.collapse=true: the alarm never rings with self_data=false or "
+                 "tracking.collapse_alarm=0; change these, or leave stop.collapse out")  # fmt: skip
 
 
 T = TypeVar("T")
