@@ -126,7 +126,7 @@ def test_only_what_decides_is_scored_on_the_development_split():
 
 
 def test_rules_that_cannot_hold_are_refused_at_the_start(tmp_path: Path):
-    with pytest.raises(RecipeError, match="budget_flops=-1.0: must be above 0"):
+    with pytest.raises(RecipeError, match=r"budget_flops=-1\.0: must be above 0"):
         StopConfig(budget_flops=-1.0)
     for impossible in ({"self_data": False}, {"tracking": TrackingConfig(collapse_alarm=0.0)}):
         with pytest.raises(RecipeError, match=r"stop\.collapse=true: the alarm never rings"):

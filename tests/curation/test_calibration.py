@@ -64,7 +64,7 @@ def pools(folder: Path, truths: dict[str, Truth] | None = None) -> dict[Any, c.P
 # Against curating again.
 
 ANSWERS = st.sampled_from(["red", "Red.", "two", "2", "left"])
-CAPTIONS = st.sampled_from(["red dog top, blue car left.", "red dog top, blue cat left.", "green cup, gray background."])
+CAPTIONS = st.sampled_from(["red dog top, blue car left.", "red dog top, blue cat left.", "green cup, gray ground."])
 REASONING = st.lists(st.one_of(ANSWERS.map(cot), ANSWERS.map(plain), st.just(plain("broken", "cot"))), max_size=5)
 CAPTION = st.lists(st.one_of(CAPTIONS.map(cod), CAPTIONS.map(lambda text: plain(text, "dd"))), max_size=4)
 ROWS = st.lists(st.tuples(st.booleans(), REASONING, CAPTION, st.sampled_from(["a.png", "b.png"])), max_size=12)
@@ -184,8 +184,8 @@ def test_the_worth_of_the_format_proxy_is_measured(found: c.Calibration):
 
 
 def test_variety_at_today_s_threshold_is_the_diversity_of_the_run(tmp_path: Path):
-    rows = [item(f"q{i:03}", cot(f"word{i % 7}", f"red dog {i % 11} near cup {i % 3}"), plain(f"word{i % 7 if i % 3 else 9}"))
-            for i in range(200)]  # fmt: skip
+    rows = [item(f"q{i:03}", cot(f"word{i % 7}", f"red dog {i % 11} near cup {i % 3}"),
+                 plain(f"word{i % 7 if i % 3 else 9}")) for i in range(200)]  # fmt: skip
     folder = curated(tmp_path / "curated", rows, reasoning_threshold=0.6)
     (tmp_path / "data").mkdir()
     truth = [{"id": f"q{i:03}", "answer": f"word{i % 7}", "family": FAMILIES[i % 2]} for i in range(200)]
@@ -222,7 +222,7 @@ def test_without_the_candidates_what_needs_them_is_unknown(tmp_path: Path):
     assert [level.kept for level in found.levels] == [len(whole.kept_at(t)) for t in (0.6, 0.6666, 1.0)] == [3, 3, 3]
     assert {level.formats for level in found.levels} == {found.random} == {None}
     assert found.levels[0].precision == c.Precision(2 / 3, 0.0, 1.0, 3)
-    with pytest.raises(CurationError, match="nowhere.jsonl: No such file"):
+    with pytest.raises(CurationError, match=r"nowhere\.jsonl: No such file"):
         c.read_pools(folder, {}, tmp_path / "nowhere.jsonl")
 
 
