@@ -282,7 +282,7 @@ class StopConfig:
     collapse: bool = False
     """Stop when the collapse alarm (`tracking.collapse_alarm`) rings."""
     budget_flops: float | None = None
-    """Stop when the FLOPs of the run's steps, those read from the store included, reach this (4.0e+15, say)."""
+    """Stop when the FLOPs of the run's steps, those read from the store included, reach this (2e13, say)."""
 
     def __post_init__(self) -> None:
         _positive(self, "budget_flops")
