@@ -68,6 +68,20 @@ def _curation(commands: Any) -> None:
     curate.add_argument("overrides", nargs="*", help="such as curation.encoder=minilm curation.caption_threshold=0.9")
 
 
+    sweep = commands.add_parser("curation", help="move the thresholds of a finished pool after the fact", description=(
+        "Keep rate, precision where the truth is known, variety and length of what every threshold would keep, from "
+        "one pool: nothing is sampled or embedded again. Prints a table and writes a page."))  # fmt: skip
+    sweep.add_argument("run", metavar="RUN", help="id of an MLflow run, the name of one experiment, or a folder that "
+                       "curation wrote (STORE/curate-..., or --out of `sicog curate`)")  # fmt: skip
+    sweep.add_argument("--out", type=Path, default=Path("curation.html"), help="HTML file (default: %(default)s)")
+    sweep.add_argument("--json", action="store_true", help="print JSON; shares are fractions")
+    sweep.add_argument("--encoder", default="", help="compare another encoder, such as minilm, on items drawn from the "
+                       "pool")  # fmt: skip
+    sweep.add_argument("--candidates", type=Path, help="file that `sicog curate` read (default: the store's own pool)")
+    sweep.add_argument("--truth", type=Path, help="JSONL of {id, answer or description, family} (default: the data "
+                       "set's own)")  # fmt: skip
+
+
 def _results(commands: Any) -> None:
     """What reads finished runs."""
     compare = commands.add_parser("compare", help="paired differences of generations or sample files", description=(
@@ -128,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(parser, arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "sweep": _sweep,
-                    "compare": _compare, "export": _export, "report": _report,
+        commands = {"iterate": _iterate, "base": _base, "curate": _curate, "curation": _sweep_curation,
+                    "evidence": _evidence, "sweep": _sweep, "compare": _compare, "export": _export, "report": _report,
                     "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
@@ -214,6 +228,21 @@ def _curate(args: argparse.Namespace) -> int:
     summary = curate_file(args.candidates, args.out, build_overrides(CurationConfig, "curation", args.overrides))
     kept, aside = f"kept {summary['kept']} of {summary['items']} items", f"{summary['rejected_rows']} rows set aside"
     print(f"{kept}; {aside}; see {args.out}")
+    return 0
+
+
+def _sweep_curation(args: argparse.Namespace) -> int:
+    if args.encoder or not Path(args.run).is_dir():
+        quiet_libraries()
+    from sicog_exp.reporting import curation_page
+
+    found = curation_page.read(args.run, args.candidates, args.truth, args.encoder)
+    curation_page.write(found, args.out)
+    if args.json:
+        print(curation_page.to_json(found))
+    else:
+        curation_page.show(found, console())
+        print(f"page: {args.out}")
     return 0
 
 

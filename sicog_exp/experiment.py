@@ -16,6 +16,7 @@ from sicog_exp.ahead import check_ahead
 from sicog_exp.progress import Display
 from sicog_exp.recipe import Recipe, RecipeError, StageConfig
 from sicog_exp.runner import Runner
+from sicog_exp.stopping import decides_by_scores
 from sicog_exp.store import Artifact, Step, Store, Workplace
 from sicog_exp.tracking import Tracker, mark_no_op, table_link
 
@@ -81,13 +82,14 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
     tables = [compare.score_table(path, resamples) for path in scored]
     for generation, table in zip(lineage.generations, tables, strict=True):
         curated = lineage.curated[generation.index - 1] if generation.index and lineage.curated else None
-        known = collect.curation_metrics(curated, lineage.data) if curated else {}
+        known = collect.curation_metrics(curated, lineage.data, resamples) if curated else {}
         scores = compare.metrics(table)
         tracker.log_generation(generation.index, headline(scores) | scores | known)
         tracker.log_origin(generation.index, origin(lineage, runner, generation.index))
         tracker.register(generation.index, generation.model)
         tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
     summary: dict[str, Any] = trust(recipe, lineage, runner) | {
+        "stopped": lineage.stopped,
         "run_id": tracker.run_id,
         "experiment_id": tracker.experiment_id,
         "wall_seconds": wall,
@@ -103,12 +105,14 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
     tracker.log_metrics(tracker.run_id, cleandata.contamination_metrics(runner.done))
     if summary["alarms"]:
         tracker.client.set_tag(tracker.run_id, "sicog.alarm", " ".join(summary["alarms"])[:5000])
+    if lineage.stopped:
+        tracker.client.set_tag(tracker.run_id, "sicog.stopped", lineage.stopped[:5000])
     log_datasets(recipe, lineage, tracker)
     page = collect.collect(
         recipe, lineage, runner.done, run_id=tracker.run_id, run_uri=str(tracker.client.tracking_uri),
         date=date.today().isoformat(), reproduce=REPRODUCE,
         orchestration_share=summary["orchestration_share"],
-        watched=[*summary["alarms"], *summary["contamination"]])  # fmt: skip
+        watched=[*filter(None, [lineage.stopped]), *summary["alarms"], *summary["contamination"]])  # fmt: skip
     report.write_report(page, workplace.directory / REPORT)
     (workplace.directory / report.DATA).write_bytes(report.to_json(page))
     (workplace.directory / SUMMARY).write_text(json.dumps(summary, indent=1, default=float))
@@ -148,7 +152,9 @@ def origin(lineage: loop.Lineage, runner: Runner, index: int) -> dict[str, str]:
 
 def log_datasets(recipe: Recipe, lineage: loop.Lineage, tracker: Tracker) -> None:
     """The split that each generation was scored on and, from G1 on, the self-generated rows it was pre-trained on."""
+    from sicog_exp.curation.calibration import DRAWN
     from sicog_exp.records import read_records
+    from sicog_exp.reporting.curation_page import SELF_DATA, drawn_lines
 
     split = recipe.evaluation.split
     scored_rows = len(read_records(lineage.data / f"{split}.parquet"))
@@ -160,7 +166,8 @@ def log_datasets(recipe: Recipe, lineage: loop.Lineage, tracker: Tracker) -> Non
             curated = lineage.curated[generation.index - 1]
             tracker.log_dataset(run_id, "self-data", curated, "training", len(read_records(curated / "self.parquet")))
             for name in ("self.parquet", SUMMARY):  # the texts outlive the store
-                tracker.log_file(curated / name, "self-data", generation.index)
+                tracker.log_file(curated / name, SELF_DATA, generation.index)
+            tracker.client.log_text(run_id, drawn_lines(curated.path), f"{SELF_DATA}/{DRAWN}")
 
 
 def orchestration_share(runner: Runner, wall: float) -> float:
@@ -196,7 +203,16 @@ def expected_work(recipe: Recipe) -> dict[str, float]:
             steps |= {"generate-caption": captions * CANDIDATE_WORK, "generate-reasoning": answers * CANDIDATE_WORK}
             steps |= preference_work(recipe, stage(recipe.preference), captions, answers)
         work |= {f"G{g} {name}": amount for name, amount in steps.items()}
-    return work
+    return work | _development_work(recipe)
+
+
+def _development_work(recipe: Recipe) -> dict[str, float]:
+    """What the stop rule adds."""
+    data = recipe.data
+    work = 2 * data.development_images * data.questions_per_image * QUESTION_WORK
+    extra = recipe.evaluation.split == "benchmark"
+    return {f"G{g} evaluate-development": work for g in range(recipe.iterations)
+            if extra and decides_by_scores(recipe, g)}  # fmt: skip
 
 
 def preference_work(recipe: Recipe, pairs: float, captions: float, answers: float) -> dict[str, float]:
@@ -242,6 +258,8 @@ def show(finished: Artifact, console: Console) -> None:
             names = f"{delta['after']} - {delta['before']}  {delta['task']}"
             points = f"{100 * delta['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]"
             console.print(f"{names}: {points}", highlight=False)
+    if summary.get("stopped"):
+        console.print(summary["stopped"], highlight=False)
     for text in summary["alarms"]:
         console.print(f"[bold red]ALARM[/] {text}", highlight=False)
     for text in summary["contamination"]:

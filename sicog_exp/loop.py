@@ -14,6 +14,7 @@ from sicog_exp.prompts import Kind
 from sicog_exp.recipe import DataConfig, EvaluationConfig, ModelConfig, Recipe, RecipeError, StageConfig
 from sicog_exp.runner import Runner
 from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule
+from sicog_exp.stopping import decides_by_scores, reason_to_stop
 from sicog_exp.store import Artifact, Step, Workplace, file_checksum
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -24,20 +25,23 @@ EVALUATION_REVISION = 1
 
 @dataclass(frozen=True)
 class Generation:
-    """A model of the lineage and its scores."""
+    """A model of the lineage and its scores; on the development split too, where a stop rule decides by them."""
 
     index: int
     model: Artifact
     scores: Artifact
+    development: Artifact | None = None
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """What a run made, in order; `curated[i]` is what generation i + 1 was pre-trained on."""
+    """What a run made, in order; `curated[i]` is what generation i + 1 was pre-trained on. `stopped` says why it ended
+    before its last iteration, "" where it did not."""
 
     data: Artifact
     generations: list[Generation]
     curated: list[Artifact]
+    stopped: str = ""
 
 
 def iterate(recipe: Recipe, runner: Runner) -> Lineage:
@@ -48,7 +52,7 @@ def iterate(recipe: Recipe, runner: Runner) -> Lineage:
     base = runner.run(base_step(recipe))
     parts = raw_parts(runner, recipe, base)
     model = fine_tune(runner, recipe, "instruct", recipe.instruct, base, clean, instruction_shares(recipe))
-    lineage = Lineage(data, [Generation(0, model, evaluate(runner, recipe, model, data))], [])
+    lineage = Lineage(data, [scored(runner, recipe, 0, model, data)], [])
     pools: list[Artifact] = []
     for index in range(recipe.iterations):
         current = lineage.generations[-1]
@@ -67,7 +71,10 @@ def iterate(recipe: Recipe, runner: Runner) -> Lineage:
         else:
             pretrained = pretrain_annotated(runner, recipe, aligned, clean)
         model = fine_tune(runner, recipe, "instruct", closing(recipe), pretrained, clean, instruction_shares(recipe))
-        lineage.generations.append(Generation(index + 1, model, evaluate(runner, recipe, model, data)))
+        lineage.generations.append(scored(runner, recipe, index + 1, model, data))
+        reason = reason_to_stop(recipe, lineage, runner.done)
+        if reason:
+            return replace(lineage, stopped=reason)
     return lineage
 
 
@@ -183,13 +190,24 @@ class EvaluationTask:
     benchmarks: Mapping[str, str]
 
 
-def evaluate(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> Artifact:
+def scored(runner: Runner, recipe: Recipe, index: int, model: Artifact, data: Artifact) -> Generation:
+    """A generation with its scores. What the stop rule decides by is never the benchmark."""
+    scores = evaluate(runner, recipe, "evaluate", model, data)
+    if not decides_by_scores(recipe, index):
+        return Generation(index, model, scores)
+    if recipe.evaluation.split == "development":
+        return Generation(index, model, scores, development=scores)
+    own = replace(recipe, evaluation=replace(recipe.evaluation, split="development"))
+    return Generation(index, model, scores, evaluate(runner, own, "evaluate-development", model, data))
+
+
+def evaluate(runner: Runner, recipe: Recipe, name: str, model: Artifact, data: Artifact) -> Artifact:
     """Score a generation through lmms-eval."""
     from sicog_exp.evaluation.benchmarks import suite_state
 
     task = EvaluationTask(recipe.evaluation, recipe.model, suite_state(recipe.evaluation.suite))
     inputs = {"model": model, "data": data}
-    return runner.run(Step("evaluate", run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
+    return runner.run(Step(name, run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
 
 
 def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:

@@ -348,6 +348,22 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    """When to end before `iterations`; everything is off by default. Looked at after every generation but the last."""
+
+    no_gain: bool = False
+    """Stop when a generation's mean paired difference to the one before is not above zero beyond noise (95% interval).
+    Decided on the development split alone, on which G0 and later generations are scored for it."""
+    collapse: bool = False
+    """Stop when the collapse alarm (`tracking.collapse_alarm`) rings."""
+    budget_flops: float | None = None
+    """Stop when the FLOPs of the run's steps, those read from the store included, reach this (2e13, say)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "budget_flops")
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """MLflow."""
 
@@ -374,7 +390,7 @@ class Recipe:
     seed: int = 0
     """Seed of training order and sampling."""
     iterations: int = 2
-    """Iterations g -> g+1; 2 give generations G0, G1, G2."""
+    """Iterations g -> g+1; 2 give generations G0, G1, G2. The most there can be, where `stop` ends a run earlier."""
     start: Literal["base", "previous", "parts"] = "base"
     """The next generation starts from the base's parts (`base`), from the previous generation's (`previous`), or as in
     the paper from the base's vision tower and language model and a new projector that `align` trains (`parts`)."""
@@ -400,6 +416,7 @@ class Recipe:
     closing_steps: int | None = None
     """Steps of the instruct stage that closes every generation after G0; as many as G0's if nothing is said."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -412,6 +429,9 @@ class Recipe:
                  "sampling.dd, sampling.cot or sampling.direct above 0, or self_data=false")  # fmt: skip
         self._check_start()
         self._check_pairs()
+        watched = self.self_data and self.tracking.collapse_alarm > 0
+        _require(not self.stop.collapse or watched, "stop.collapse=true: the alarm never rings with self_data=false or "
+                 "tracking.collapse_alarm=0; change these, or leave stop.collapse out")  # fmt: skip
 
     def _check_start(self) -> None:
         aligned = self.align.steps > 0 and self.align.projector_lr > 0

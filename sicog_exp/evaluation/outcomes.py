@@ -246,7 +246,7 @@ def compare(a: str, b: str, metric: str | None = None, resamples: int = RESAMPLE
     pairs = {task: [_aligned(x[task], y[task]) for x, y in zip(first, second)] for task in tasks}
     found = [_compared(a, b, task, first[0][task].metric, pairs[task], resamples) for task in tasks]
     if len(tasks) > 1:
-        overall = [_weighted([pairs[task][seed] for task in tasks]) for seed in range(len(first))]
+        overall = [weighted([pairs[task][seed] for task in tasks]) for seed in range(len(first))]
         metrics = {first[0][task].metric for task in tasks}
         name = metrics.pop() if len(metrics) == 1 else "each task's"
         found.append(_compared(a, b, OVERALL, name, overall, resamples))
@@ -279,7 +279,7 @@ def _aligned(a: Outcomes, b: Outcomes) -> Pair:
     return before, after, np.array([a.images[i] for i in ids])
 
 
-def _weighted(tasks: Sequence[Pair]) -> Pair:
+def weighted(tasks: Sequence[Pair]) -> Pair:
     """All tasks' questions as one set in which every task weighs the same."""
     total = sum(len(before) for before, _, _ in tasks)
     weights = [total / (len(tasks) * len(before)) for before, _, _ in tasks]

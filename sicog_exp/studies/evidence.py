@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sicog_exp.experiment import SUMMARY, run_experiment
-from sicog_exp.recipe import Recipe, RecipeError
+from sicog_exp.recipe import Recipe, RecipeError, StopConfig
 from sicog_exp.store import Artifact, Store
 
 ARMS = ("curated", "random candidate", "annotated only")
@@ -79,6 +79,9 @@ def _check(recipe: Recipe, out: Path) -> None:
         raise RecipeError("iterations=0: the arms differ from G1 on; use iterations=1 or more")
     if not recipe.self_data:
         raise RecipeError("self_data=false: this is the arm without self-data, which is run anyway; leave it out")
+    if recipe.stop != StopConfig():
+        raise RecipeError("stop: arms that end at different generations are not compared at equal steps; leave stop.* "
+                          "out and set iterations")  # fmt: skip
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
