@@ -8,23 +8,31 @@ import json
 import re
 import typing
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from runs import REPOSITORY
+from scipy.stats import ttest_1samp
 
 from sicog_exp import loop
 from sicog_exp.cli import main
+from sicog_exp.evaluation.benchmarks import Sample
+from sicog_exp.evaluation.statistics import holm
 from sicog_exp.recipe import CurationConfig, RecipeError, load_as
+from sicog_exp.records import write_jsonl
 from sicog_exp.reporting import ablation
 from sicog_exp.reporting.ablation import AblationData, ArmRun, Difference, Score
+from sicog_exp.store import Artifact
+from sicog_exp.studies import ablate
 from sicog_exp.studies.ablate import AblationConfig, Pair, arm_recipe, check_out, end_of, load_ablation
 
 pytestmark = pytest.mark.timeout(900)
@@ -179,24 +187,16 @@ def test_shared_steps_run_once(studied: Studied) -> None:
     assert {name: steps[name] for name in wanted} == wanted
 
 
-def test_differences_are_those_of_the_scores_pooled_over_seeds_and_corrected(studied: Studied) -> None:
+def test_every_arm_generation_and_pair_is_in_the_result(studied: Studied) -> None:
     data = studied.data
-    scores = {(s.arm, s.generation, s.task): s for s in data.scores}
-    assert len(scores) == len(data.scores) == 3 * 2 * 2
-    for score in data.scores:
-        assert score.mean == pytest.approx(mean(score.per_seed))
-        assert score.spread == pytest.approx(stdev(score.per_seed))
-    assert len(data.differences) == 3 * 2
-    for d in data.differences:
-        (before, g), (after, _) = end_of(d.before), end_of(d.after)
-        ends = scores[before, 1 if g is None else g, d.task].per_seed, scores[after, 1, d.task].per_seed
-        assert d.per_seed == pytest.approx([b - a for a, b in zip(*ends)])
-        assert d.difference == pytest.approx(mean(d.per_seed))
-        assert d.spread == pytest.approx(stdev(d.per_seed))
-        assert d.low <= d.difference <= d.high
-    for task in data.tasks:
-        found = [(d.p, d.holm_p) for d in data.differences if d.task == task]
-        assert min(holm for _, holm in found) == pytest.approx(min(1.0, 3 * min(p for p, _ in found)))
+    tasks = ["sicog_world_direct", "sicog_world_cot"]
+    wanted = {(arm, g, task) for arm in ARMS for g in (0, 1) for task in tasks}
+    assert {(s.arm, s.generation, s.task) for s in data.scores} == wanted
+    assert {(d.label, d.task) for d in data.differences} == {
+        (f"{after} \N{MINUS SIGN} {before}", task) for task in tasks
+        for before, after in [("curated:G0", "curated"), ("curated", "random"), ("curated", "annotated")]}  # fmt: skip
+    assert {len(d.per_seed) for d in (*data.scores, *data.differences)} == {2}
+    assert {(d.n, d.clusters) for d in data.differences} == {(18, 6)}
 
 
 def test_compute_is_summed_from_the_artifacts_of_each_run(studied: Studied) -> None:
@@ -286,13 +286,63 @@ def test_a_run_that_mlflow_opened_points_to_the_studys(
 def test_a_damaged_step_is_made_again(studied: Studied, tiny_model: Path) -> None:
     """A study whose artifacts changed under it is no longer finished."""
     words = [str(write(studied.folder)), f"model.base={tiny_model}", "store=store", "--seeds", "0"]
-    assert ask(*words)[0] == 0
-    samples = next(path for path in studied.folder.glob("store/evaluate-*/samples.jsonl") if "damaged" not in str(path))
+    status, printed = ask(*words)
+    assert status == 0
+    (result,) = re.findall(r"written: (.*)/ablation\.json", printed)
+    parts = json.loads((Path(result) / "summary.json").read_text())["artifacts"]
+    samples = Path(result).parent / next(name for name in parts if name.startswith("evaluate")) / "samples.jsonl"
     samples.write_text(samples.read_text() + "\n")
     status, printed = ask(*words)
     assert status == 0
     assert "is damaged" in printed
     assert "tiny's: finished before" not in printed
+
+
+# Figures of runs whose every answer is known (the tiny model answers nothing right).
+
+
+def finished(folder: Path, outcomes: Sequence[Mapping[str, Sequence[float]]]) -> Artifact:
+    """A run's folders as the loop leaves them; `outcomes`: each generation's values by task, an image a question."""
+    names = []
+    for g, tasks in enumerate(outcomes):
+        names.append(f"evaluate-{folder.name}-{g}")
+        rows = [Sample(task, f"{task}{i}", f"{i}.png", "", "", "Red?", "yes", "yes", "yes", value)
+                for task, values in tasks.items() for i, value in enumerate(values)]  # fmt: skip
+        (folder.parent / names[-1]).mkdir(parents=True)
+        write_jsonl(folder.parent / names[-1] / "samples.jsonl", map(asdict, rows))
+    means = [{task: {"mean": mean(values)} for task, values in tasks.items()} for tasks in outcomes]
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"evaluations": names, "generations": means}))
+    return Artifact(folder, {}, cached=True)
+
+
+def test_differences_are_after_less_before_pooled_over_seeds_and_corrected_within_a_task(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    arms, tasks, seeds = {"full": (), "less": ("seed=1",)}, ("a", "b"), (0, 1, 2)
+    study = AblationConfig("s", "r.yaml", "full", arms, seeds=seeds)
+    right = {"full": (0.3, 0.6), "less": (0.3, 0.5)}
+    values = {(arm, seed, g, task): (rng.random(80) < right[arm][g]).astype(float).tolist()
+              for arm in arms for seed in seeds for g in (0, 1) for task in tasks}  # fmt: skip
+    found = {arm: [finished(tmp_path / f"{arm}{seed}", [{t: values[arm, seed, g, t] for t in tasks} for g in (0, 1)])
+                   for seed in seeds] for arm in arms}  # fmt: skip
+    for score in ablate.scores(found):
+        each = [mean(values[score.arm, seed, score.generation, score.task]) for seed in seeds]
+        assert score.per_seed == pytest.approx(each)
+        assert (score.mean, score.spread) == (pytest.approx(mean(each)), pytest.approx(stdev(each)))
+    ends = {("full:G0", "full"): (("full", 0), ("full", 1)), ("full", "less"): (("full", 1), ("less", 1))}
+    made = ablate.differences(study, found, 200)
+    assert [(d.before, d.after) for d in made] == [pair for pair in ends for _ in tasks]
+    for d in made:
+        sides = ends[d.before, d.after]
+        before, after = (np.array([values[arm, seed, g, d.task] for seed in seeds]) for arm, g in sides)
+        changes = (after - before).mean(axis=1)
+        assert d.per_seed == pytest.approx(changes.tolist())
+        assert (d.difference, d.spread) == (pytest.approx(changes.mean()), pytest.approx(np.std(changes, ddof=1)))
+        assert d.low < d.difference < d.high
+        assert d.p == pytest.approx(ttest_1samp((after - before).mean(axis=0), 0).pvalue)
+    for task in tasks:
+        assert [d.holm_p for d in made if d.task == task] == pytest.approx(holm([d.p for d in made if d.task == task]))
+    assert made[0].difference > 0.2
 
 
 # Drawing.
