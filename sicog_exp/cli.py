@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RECIPE = "experiments/embedded.yaml"
 DEFAULT_STUDY = "experiments/sweeps/tau_and_mix.yaml"
+DEFAULT_ABLATION = "experiments/ablations/paper.yaml"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,12 +39,13 @@ def _runs(commands: Any) -> None:
     base = _add(commands, "base", "experiments/base.yaml", "train the embedded base model again",
                 "Trains the embedded base from nothing and writes it to --publish.")  # fmt: skip
     base.add_argument("--publish", type=Path, help="folder for the finished model (default: none)")
-    evidence = _add(commands, "evidence", "experiments/evidence.yaml",
-                    "compare curated, random and annotated-only arms over seeds",
-                    "Runs three arms of a recipe over several seeds in one store and writes their pooled paired "
-                    "differences.")  # fmt: skip
-    evidence.add_argument("--seeds", type=_seeds, default="0,1,2", help="comma-separated (default: %(default)s)")
-    evidence.add_argument("--out", type=Path, default=Path("evidence.json"), help="result file (default: %(default)s)")
+    ablate = _add(commands, "ablate", DEFAULT_ABLATION, "compare arms of a recipe over seeds, at counted compute",
+                  "Runs the arms that a study lists over its seeds in one store, continues them where they were "
+                  "killed, and shows their pooled paired differences and FLOPs; a finished one is a no-op that shows "
+                  "its result.", "study", "iterations=2, or of its recipe")  # fmt: skip
+    ablate.add_argument("--seeds", type=_seeds, help="comma-separated, such as 0,1,2 (default: the study's)")
+    ablate.add_argument("--out", type=Path, metavar="FILE.json", help="copy the result there, its plot, page and "
+                        "tables beside it (default: no copy)")  # fmt: skip
     _add(commands, "sweep", DEFAULT_STUDY, "search a recipe's keys with Optuna",
          "Searches the keys that a study declares, on the development split; scores the winner on the benchmark. "
          "Run it again to continue, or elsewhere at the same time to help.", "study", "trials=20")  # fmt: skip
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "curation": _sweep_curation,
-                    "evidence": _evidence, "sweep": _sweep, "compare": _compare, "export": _export, "report": _report,
+                    "ablate": _ablate, "sweep": _sweep, "compare": _compare, "export": _export, "report": _report,
                     "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
@@ -175,12 +177,12 @@ def _is_for_users(error: Exception) -> bool:
     return type(error).__module__.startswith("sicog_exp.")
 
 
-def _overrides(args: argparse.Namespace, default: str = DEFAULT_RECIPE) -> tuple[str, list[str]]:
-    """The recipe's path and all overrides; `sicog iterate a.b=1` means the default recipe."""
-    given = [*args.overrides, *_split(args.more)]
-    if "=" in args.recipe:
-        return default, [args.recipe, *given]
-    return args.recipe, given
+def _overrides(args: argparse.Namespace, default: str = DEFAULT_RECIPE, file: str = "") -> tuple[str, list[str]]:
+    """The path of the recipe (or of `file`) and all overrides; `sicog iterate a.b=1` means the default one."""
+    given, path = [*args.overrides, *_split(args.more)], file or args.recipe
+    if "=" in path:
+        return default, [path, *given]
+    return path, given
 
 
 def _split(text: str) -> list[str]:
@@ -246,14 +248,14 @@ def _sweep_curation(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evidence(args: argparse.Namespace) -> int:
-    from sicog_exp.recipe import load
+def _ablate(args: argparse.Namespace) -> int:
+    from sicog_exp.studies.ablate import load_ablation, run_ablation
 
-    recipe = load(*_overrides(args, "experiments/evidence.yaml"))
+    path, overrides = _overrides(args, DEFAULT_ABLATION, args.study)
+    seeds = [f"seeds={args.seeds}"] if args.seeds else []
+    study = load_ablation(path, [*overrides, *seeds])
     quiet_libraries()
-    from sicog_exp.studies.evidence import run_evidence
-
-    run_evidence(recipe, args.seeds, args.out, console())
+    run_ablation(study, console(), args.out)
     return 0
 
 

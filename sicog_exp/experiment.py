@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -30,37 +31,54 @@ WEIGHTS_IN_TRAINING = 4
 """Copies of the weights that full training holds: weights, gradients, two AdamW moments."""
 
 
-def run_experiment(recipe: Recipe, console: Console) -> Artifact:
+@dataclass(frozen=True)
+class Part:
+    """A run's place in a study: under the study's run in MLflow, by a name and tags that tell it from the others."""
+
+    study_run: str
+    name: str
+    tags: Mapping[str, str]
+
+
+def run_experiment(recipe: Recipe, console: Console, part: Part | None = None) -> Artifact:
     """Run the recipe, or continue it, or say that nothing is to be done. The artifact holds summary and report."""
     check_memory(recipe)
     store = Store(recipe.store)
-    step = experiment_step(recipe, store, console)
-    finished = store.find(step)
-    if finished and intact(store, finished):
-        console.print(f"{recipe.name}: finished before, nothing to do. Delete {finished.path} to report again.")
-        mark_no_op(recipe.tracking, json.loads((finished / SUMMARY).read_text())["run_id"])
-    else:
-        if finished:
-            store.set_aside(finished.path, "a step it was made of is damaged")
+    step = experiment_step(recipe, store, console, part)
+    finished = whole(store, step, recipe.name, console)
+    if finished is None:
         check_ahead(recipe)
         finished = store.run(step)
+    elif part is None:
+        mark_no_op(recipe.tracking, json.loads((finished / SUMMARY).read_text())["run_id"])
     show(finished, console)
     return finished
 
 
-def experiment_step(recipe: Recipe, store: Store, console: Console) -> Step:
+def whole(store: Store, step: Step, name: str, console: Console) -> Artifact | None:
+    """What finished before, which is said; None for what is to be run, its damaged artifact moved aside."""
+    finished = store.find(step)
+    if finished and intact(store, finished):
+        console.print(f"{name}: finished before, nothing to do. Delete {finished.path} to report again.")
+        return finished
+    if finished:
+        store.set_aside(finished.path, "a step it was made of is damaged")
+    return None
+
+
+def experiment_step(recipe: Recipe, store: Store, console: Console, part: Part | None = None) -> Step:
     """The whole run as one step: it is finished when its report is."""
     identity = {"recipe": recipe, "data": loop.data_step(recipe).identity, "base": loop.base_step(recipe).identity}
 
     def run(config: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-        _run(recipe, store, workplace, console)
+        _run(recipe, store, workplace, console, part)
 
     return Step("iterate", run, identity, seed=recipe.seed, revision=REVISION)
 
 
-def _run(recipe: Recipe, store: Store, workplace: Workplace, console: Console) -> None:
+def _run(recipe: Recipe, store: Store, workplace: Workplace, console: Console, part: Part | None) -> None:
     started = time.time()
-    tracker = Tracker(recipe)
+    tracker = Tracker(recipe, part.study_run, part.name, part.tags) if part else Tracker(recipe)
     try:
         with Display(expected_work(recipe), console) as display:
             runner = Runner(store, tracker, display)

@@ -24,6 +24,7 @@ from sicog_exp.evaluation.statistics import (
     LEVEL,
     RESAMPLES,
     StatisticsError,
+    cluster_error,
     corrected,
     join,
     paired,
@@ -300,17 +301,6 @@ def _compared(a: str, b: str, task: str, metric: str, seeds: Sequence[Pair], res
         return replace(made, mcnemar_p=None if task == OVERALL else result.mcnemar_p)
     pooled = paired_pooled(list(seeds), resamples)
     return replace(made, per_seed=pooled.per_seed, spread=pooled.spread)
-
-
-def cluster_error(differences: NDArray, images: NDArray) -> float:
-    """Standard error of the mean, robust to questions about one image being alike; with one question an image it is
-    scipy.stats.sem. Infinite for a single image."""
-    _, index = np.unique(images, return_inverse=True)
-    sums = np.bincount(index, weights=differences - differences.mean())
-    count = len(sums)
-    if count < 2:
-        return float("inf")
-    return float(np.sqrt(count / (count - 1) * (sums**2).sum()) / len(differences))
 
 
 def detectable(error: float) -> float:
