@@ -88,6 +88,7 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
         tracker.register(generation.index, generation.model)
         tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
     summary: dict[str, Any] = trust(recipe, lineage, runner) | {
+        "upper_bound": collect.upper_bound_note(recipe),
         "run_id": tracker.run_id,
         "experiment_id": tracker.experiment_id,
         "wall_seconds": wall,
@@ -230,6 +231,8 @@ def show(finished: Artifact, console: Console) -> None:
             names = f"{delta['after']} - {delta['before']}  {delta['task']}"
             points = f"{100 * delta['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]"
             console.print(f"{names}: {points}", highlight=False)
+    if summary.get("upper_bound"):
+        console.print(f"[bold red]UPPER BOUND[/] {summary['upper_bound']}", highlight=False)
     for text in summary["alarms"]:
         console.print(f"[bold red]ALARM[/] {text}", highlight=False)
     for text in summary["contamination"]:

@@ -12,12 +12,12 @@ from sicog_exp.cleandata import check_step, without_overlaps, without_repeated_t
 from sicog_exp.prompts import Kind
 from sicog_exp.recipe import DataConfig, EvaluationConfig, ModelConfig, Recipe, RecipeError, StageConfig
 from sicog_exp.runner import Runner
-from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule
+from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule, check_truth
 from sicog_exp.store import Artifact, Step, Workplace, file_checksum
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """What makes up a model: weights, configuration, tokenizer and processor; a card can be edited freely."""
-DATA_REVISION = 1
+DATA_REVISION = 2
 EVALUATION_REVISION = 1
 
 
@@ -42,6 +42,7 @@ class Lineage:
 def iterate(recipe: Recipe, runner: Runner) -> Lineage:
     """Run the whole recipe; a finished step is read from the store, a killed one goes on."""
     data = runner.run(data_step(recipe))
+    check_truth(recipe, data)
     checked = runner.run(check_step(recipe, data))
     clean = without_overlaps(recipe, data, checked, runner.run)
     base = runner.run(base_step(recipe))
