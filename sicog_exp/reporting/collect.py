@@ -96,6 +96,7 @@ def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact
         questions=_questions(recipe, lineage),
         lineage=_nodes(done),
         notes=(*watched, *_notes(recipe, lineage, generations[-1])),
+        upper_bound=upper_bound_note(recipe),
     )
 
 
@@ -358,8 +359,6 @@ def _png(root: Path, name: str, max_pixels: int) -> bytes:
 
 def _notes(recipe: Recipe, lineage: Lineage, last: GenerationScores) -> Iterator[str]:
     """What a reader must know before quoting a number."""
-    if note := upper_bound_note(recipe):
-        yield note
     if recipe.evaluation.split == "development":
         yield "Scored on the development split, which choices were made on: not a result to report."
     yield "One seed: the spread over seeds is not in the intervals."

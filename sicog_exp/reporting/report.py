@@ -237,6 +237,8 @@ class ReportData:
     questions: tuple[Question, ...] = ()
     lineage: tuple[Node, ...] = ()
     notes: tuple[str, ...] = ()
+    upper_bound: str = ""
+    """Said above everything else of a run whose self-data the truth chose."""
 
 
 def to_json(data: ReportData) -> bytes:

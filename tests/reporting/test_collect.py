@@ -22,6 +22,7 @@ from sicog_exp.prompts import structured
 from sicog_exp.recipe import CurationConfig, EvaluationConfig, ModelConfig, Recipe, to_yaml
 from sicog_exp.records import Record, conversation, write_jsonl, write_records
 from sicog_exp.reporting import collect as c
+from sicog_exp.reporting import side_by_side
 from sicog_exp.reporting.report import ReportData, render
 from sicog_exp.store import Artifact, Step, Store, Workplace
 
@@ -189,13 +190,14 @@ def test_upper_bounds_cannot_be_taken_for_results(store: Store, select: Any):
     config = CurationConfig(select=select)
     recipe = replace(RECIPE, curation=config)
     found = gather(lineage(store, config), recipe)
-    assert found.notes[0].startswith(f"Not a result: an upper bound. curation.select={select} looked at the truth")
+    assert found.upper_bound.startswith(f"Not a result: an upper bound. curation.select={select} looked at the truth")
     assert any("which chose the self-data here" in note for note in found.notes)
     reasoning = found.curation[0].groups[1]
     assert reasoning.kept == (24 if select == "oracle" else ITEMS)
     assert (reasoning.threshold, len(reasoning.best)) == (0.0, ITEMS)
     assert (reasoning.ceiling_share is None) == (select == "truth")
-    assert "Not a result: an upper bound." in render(found)
+    assert "Not a result: an upper bound." in render(found).partition("</header>")[0]
+    assert "an upper bound, not a result" in side_by_side.render([found, found])
     assert c.upper_bound_note(replace(recipe, self_data=False)) == c.upper_bound_note(RECIPE) == ""
 
 
