@@ -21,6 +21,7 @@ import numpy as np
 
 from sicog_exp import prompts
 from sicog_exp.data import questions as wording
+from sicog_exp.data.formats import default_root, exists, found_rows, hub_commit, is_hub, parts_of
 from sicog_exp.data.images import ImageFolder
 from sicog_exp.data.readers import (
     BadRow,
@@ -28,8 +29,8 @@ from sicog_exp.data.readers import (
     Intake,
     Request,
     as_chat,
+    holds_images,
     parse_row,
-    raw_rows,
     read_annotated,
     read_unlabeled,
 )
@@ -327,7 +328,7 @@ def _fill(config: DataConfig, dataset: Dataset, split: str, package: _Package, i
         stored = dataset.folder.add(path.parent, path.name)
         if stored in taken:
             bad = BadRow("repeated", f"{path.name} shows the same as an image used already", "nothing to do")
-            dataset.intake.reject(Path("easy-vqa") / package.name, number, path.stem, bad)
+            dataset.intake.reject(Path("easy-vqa") / package.name, ("", number), path.stem, bad)
             continue
         taken.add(stored)
         known = package.known(image, stored, config)
@@ -364,14 +365,14 @@ def _own(config: DataConfig, dataset: Dataset) -> None:
 
 def _path(config: DataConfig, split: str) -> Path:
     path = Path(getattr(config, split)).expanduser()
-    if not path.exists():
+    if not exists(path):
         raise DataError(f"{path}: no such file or folder; correct data.{split}")
     return path
 
 
 def _root(config: DataConfig, path: Path) -> Path:
-    root = Path(config.root).expanduser() if config.root else path.parent
-    if not root.is_dir():
+    root = Path(config.root).expanduser() if config.root else default_root(path)
+    if not root.is_dir() and (config.root or not is_hub(path)):
         raise DataError(f"{root}: no such folder; correct data.root")
     return root
 
@@ -455,7 +456,7 @@ def _unlabeled(config: DataConfig, dataset: Dataset, path: Path) -> Iterator[Req
     for r in read_unlabeled(path, root, dataset.folder, dataset.intake, config.unlabeled_images, config.seed):
         if r.image in owner:
             reason = f"shows an image of the {owner[r.image]} split"
-            dataset.intake.reject(path, r.row, r.image, BadRow("held out", reason, "nothing to do"))
+            dataset.intake.reject(path, r.place, r.image, BadRow("held out", reason, "nothing to do"))
         else:
             yield r
 
@@ -477,21 +478,34 @@ def source_state(config: DataConfig) -> dict[str, str]:
 
 
 def _state(path: Path, config: DataConfig) -> str:
+    if is_hub(path):
+        return hub_commit(path)
     digest = hashlib.sha256()
-    rows = [path] if path.is_file() else sorted(path.rglob("*.arrow"))
-    for file in rows:
+    folder = holds_images(path)
+    for file in () if folder else _row_files(path):
+        if file.suffix == ".tar":  # images and all: too much to read each time
+            digest.update(_stamp(file).encode("utf-8", "surrogateescape"))
+            continue
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    images = _named_images(path, _root(config, path)) if rows else path.rglob("*")
+    images = path.rglob("*") if folder else _named_images(path, _root(config, path))
     for image in sorted(set(images)):
         digest.update(_stamp(image).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
+def _row_files(path: Path) -> Iterator[Path]:
+    for _, part in parts_of(path):
+        yield from sorted(part.rglob("*.arrow")) if part.is_dir() else [part]
+
+
 def _named_images(path: Path, root: Path) -> Iterator[Path]:
-    for _, raw in raw_rows(path):
+    """The files outside of the rows that rows name; a shard's images lie in it."""
+    if all(part.suffix == ".tar" for _, part in parts_of(path)):
+        return
+    for found in found_rows(path):
         try:
-            names = parse_row(as_chat(raw), "-").images
+            names = parse_row(as_chat(found.raw), "-").images
         except BadRow:
             continue
         yield from (root / name for name in names if isinstance(name, str))

@@ -320,7 +320,7 @@ BAD: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "two answers": ("roles", _turns(("human", "<image>\nA?"), ("gpt", "b"), ("gpt", "c"))),
     "placeholder in an answer": ("roles", _turns(("human", "A?"), ("gpt", "<image>"))),
     "lone surrogate": ("encoding", _turns(("human", "<image>\nA?"), ("gpt", "\ud800"))),
-    "duplicate id": ("id", _change(id="row-0")),
+    "the same row again": ("repeated", lambda row: llava("row-0", "0.png")),
 }
 
 
@@ -336,6 +336,16 @@ def test_a_bad_row_is_set_aside_with_reason_and_fix(tmp_path: Path, name: str) -
     assert (bad.row, bad.problem) == (2, problem)
     assert bad.reason
     assert bad.fix
+
+
+def test_llava_files_give_one_id_to_several_rows(tmp_path: Path) -> None:
+    """As LLaVA-Instruct does, where the id is the image's: each row gets an id of its own and none is lost."""
+    name = save_picture(tmp_path / "a.png", 1)
+    rows = [llava("1", name, f"What is {word}?") for word in ("this", "that", "it")] + [llava("1#2", name, "Why?")]
+    records, intake = read_all(tmp_path, write_lines(tmp_path / "rows.jsonl", rows))
+    assert [record.id for record in records] == ["1", "1#2", "1#3", "1#2#2"]
+    assert intake.renamed.total() == 3
+    assert not intake.rejected
 
 
 def test_malformed_and_undecodable_lines(tmp_path: Path) -> None:
