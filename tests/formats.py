@@ -45,8 +45,9 @@ BAD = (
     (Plain("robot", ("a.png",), (("robot", "<image>\nWhat?"), ("assistant", "cat"))), "roles"),
     (Plain("outside", ("../a.png",), (("user", "<image>\nWhat?"), ("assistant", "cat"))), "image"),
 )
-ROWS = tuple(row for pair in zip((bad for bad, _ in BAD), (*GOOD, *GOOD), strict=False) for row in pair)[: 2 * len(GOOD)]
-ROWS += tuple(bad for bad, _ in BAD[len(GOOD) :])
+BAD_ROWS = tuple(row for row, _ in BAD)
+ROWS = tuple(row for pair in zip(BAD_ROWS, GOOD, strict=False) for row in pair) + BAD_ROWS[len(GOOD) :]
+"""Bad and good rows in turn."""
 
 
 def save_images(folder: Path) -> None:
