@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +10,19 @@ from sicog_exp.curation.curate import Group, group_of
 from sicog_exp.curation.files import curate_file
 from sicog_exp.data.readers import words_of
 from sicog_exp.generation.engine import Decoding, Request
+from sicog_exp.generation.pool_index import PoolIndex
 from sicog_exp.prompts import Kind, final_text, prompt, question_of
 from sicog_exp.recipe import CurationConfig, ModelConfig, SamplingConfig
-from sicog_exp.records import Record, conversation, read_jsonl, read_records, user, write_jsonl, write_records
+from sicog_exp.records import (
+    Record,
+    RecordFile,
+    RecordsById,
+    conversation,
+    read_jsonl,
+    user,
+    write_jsonl,
+    write_records,
+)
 from sicog_exp.store import Artifact, Step, Workplace
 from sicog_exp.training.stages import MixtureData, TrainingTask
 
@@ -33,7 +43,7 @@ class PoolTask:
     max_pixels: int = 50_000_000
 
 
-def requests_for(task: PoolTask, unlabeled: Sequence[Record], root: Path) -> list[Request]:
+def requests_for(task: PoolTask, unlabeled: Iterable[Record], root: Path) -> list[Request]:
     """One request per unlabeled item and kind. Indices go on from iteration to iteration, so that pooled candidates
     differ in key and seed."""
     requests = []
@@ -59,7 +69,7 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     engine = TransformersEngine.from_path(inputs["generator"].path, task.model.generation_dtype,
                                           task.model.torch_device, task.model.trust_remote_code,
                                           threads=task.model.threads)  # fmt: skip
-    requests = requests_for(task, read_records(inputs["data"] / "unlabeled.parquet"), inputs["data"].path)
+    requests = requests_for(task, RecordFile(inputs["data"] / "unlabeled.parquet"), inputs["data"].path)
     sampling = task.sampling
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)
     facts = generate_pool(engine, requests, decoding, workplace.scratch, workplace.directory / "candidates.jsonl",
@@ -76,19 +86,16 @@ class CurationTask:
     curation: CurationConfig
 
 
-def pool_rows(unlabeled: Sequence[Record], pools: Sequence[Artifact]) -> Iterator[dict]:
+def pool_rows(unlabeled: Iterable[Record], pools: Sequence[Artifact]) -> Iterator[dict]:
     """One row per unlabeled item that any pool sampled, with all its candidates: what `sicog curate` reads.
 
-    Joined by sample id, never by position (paper.md, defects).
+    Joined by sample id, never by position (paper.md, defects). `unlabeled` is walked through once a group of pools
+    where they have its order, as they do.
     """
-    candidates: dict[str, list[dict]] = {}
-    for pool in pools:
-        for row in read_jsonl(pool / "candidates.jsonl"):
-            kept = {name: row[name] for name in ("kind", "text", "finish_reason")}
-            candidates.setdefault(row["sample_id"], []).append(kept)
-    known = {record.id: record for record in unlabeled}
-    for sample_id, texts in candidates.items():
+    known = RecordsById(unlabeled)
+    for sample_id, candidates in PoolIndex([pool / "candidates.jsonl" for pool in pools]):
         record = known[sample_id]
+        texts = [{name: row[name] for name in ("kind", "text", "finish_reason")} for row in candidates]
         question = question_of(record.kind, words_of(record.prompt[-1]))
         yield {"id": sample_id, "kind": group_of(record.kind), "prompt": question,
                "image": record.images[0] if record.images else None, "candidates": texts}  # fmt: skip
@@ -110,14 +117,14 @@ def training_rows(curated: Mapping, images: tuple[str, ...]) -> Iterator[Record]
 
 def curate(task: CurationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Score, choose and keep; `curated.jsonl` holds every item, `self.parquet` the training rows of the kept ones."""
-    unlabeled = read_records(inputs["data"] / "unlabeled.parquet")
+    unlabeled = RecordFile(inputs["data"] / "unlabeled.parquet")
     pools = [artifact for name, artifact in inputs.items() if name.startswith("pool")]
     pool_file = workplace.directory / "pool.jsonl"
     items = write_jsonl(pool_file, pool_rows(unlabeled, pools))
     summary = curate_file(pool_file, workplace.directory, task.curation)
-    images = {record.id: record.images for record in unlabeled}
-    kept = [row for row in read_jsonl(workplace.directory / "curated.jsonl") if row["kept"]]
-    rows = [record for row in kept for record in training_rows(row, images[row["id"]])]
+    known = RecordsById(unlabeled)
+    kept = (row for row in read_jsonl(workplace.directory / "curated.jsonl") if row["kept"])
+    rows = (record for row in kept for record in training_rows(row, known[row["id"]].images))
     write_records(workplace.directory / "self.parquet", rows)
     workplace.add(samples=items, kept=summary["kept"])
 
@@ -143,7 +150,7 @@ class SelfDataModule(MixtureData):
             return
         data = self.inputs["data"]
         # A folder of images without questions has captions to sample and no answers.
-        present = {group_of(record.kind) for record in read_records(data / "unlabeled.parquet")}
+        present = {group_of(record.kind) for record in RecordFile(data / "unlabeled.parquet")}
         for group, generator in self._generators.items():
             task = replace(self._pool_task, group=group)
             if group in present and any(getattr(task.sampling, kind) for kind in GROUPS[group]):
