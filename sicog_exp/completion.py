@@ -95,10 +95,12 @@ def _config_class(command: str) -> type:
         from sicog_exp.studies.sweep import StudyConfig
 
         return StudyConfig
-    from sicog_exp.recipe import CurationConfig, Recipe
+    from sicog_exp.recipe import CurationConfig, DataConfig, Recipe
 
     if command == "curate":
         return dataclasses.make_dataclass("Curation", [("curation", CurationConfig)])
+    if command == "data":
+        return dataclasses.make_dataclass("Data", [("data", DataConfig)])
     return Recipe
 
 

@@ -24,6 +24,12 @@ FORMATS = tuple(SUFFIXES)
 """Formats that are decoded; any other is an ImageError."""
 IMAGES = "images"
 """Folder of a data set directory that holds its images."""
+EMBEDDED = "embedded in the row"
+"""Name of an image that comes as bytes."""
+LATEST = 64
+"""Embedded images whose bytes a check remembers, for a look at them."""
+LYING = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height (EXIF 2.3, tag 274)."""
 
 
 class ImageError(ValueError):
@@ -66,6 +72,11 @@ def open_image(root: Path, name: str, max_pixels: int) -> Image:
     Raises ImageError for anything else than a readable image of an allowed format with at most `max_pixels` pixels.
     """
     return _read(resolve(root, name), name, max_pixels)[0]
+
+
+def open_bytes(content: bytes, max_pixels: int) -> Image:
+    """An image file's bytes as `open_image` would open the file. Raises ImageError."""
+    return _decode(io.BytesIO(content), EMBEDDED, max_pixels)[0]
 
 
 def check_image(root: Path, name: str, max_pixels: int) -> tuple[int, int]:
@@ -150,14 +161,6 @@ def upright_rgb(image: Image) -> Image:
     return upright.convert("RGB")
 
 
-EMBEDDED = "embedded in the row"
-"""Name of an image that comes as bytes."""
-LATEST = 64
-"""Embedded images whose bytes a check remembers, for a look at them."""
-LYING = (5, 6, 7, 8)
-"""EXIF orientations that swap width and height (EXIF 2.3, tag 274)."""
-
-
 class Images(Protocol):
     """Where readers put images, and what checks them on the way."""
 
@@ -170,8 +173,8 @@ class Images(Protocol):
 class ImageHeaders:
     """Checks images without keeping them: that they are there, of an allowed format and not too large.
 
-    A file cut behind its header shows only where pixels are decoded (`decode`), which takes about a hundred times as
-    long.
+    A file cut behind its header shows only where pixels are decoded (`decode`), which takes twenty times as long and
+    more.
     """
 
     max_pixels: int
