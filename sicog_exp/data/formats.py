@@ -384,7 +384,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
     while (info := tar.next()) is not None:
         if not behind <= info.offset or info.size < 0:
             raise ValueError(f"member {info.name!r:.80} has an impossible size")
-        behind, tar.members = info.offset_data, []  # or it would remember them all
+        behind, tar.members = info.offset_data, []  # type: ignore[attr-defined] # or it would remember them all
         if not info.isdir():
             yield _member(tar, info)
 
