@@ -219,6 +219,8 @@ class CurationConfig:
     """Shortest final text."""
     max_words: int = 1000
     """Longest final text."""
+    candidates: int | None = None
+    """Candidates of each kind that are used, the first ones sampled; all of them if nothing is said."""
     dedup: bool = True
     """Among kept items, drop exact and near duplicates (same image and prompt, nearly the same response)."""
     near_duplicate: float = 0.95
@@ -229,6 +231,7 @@ class CurationConfig:
         for name in ("caption_threshold", "reasoning_threshold"):
             value = getattr(self, name)
             _require(-1 <= value <= 1, f"curation.{name}={value}: must lie between -1 and 1")
+        _positive(self, "candidates")
         in_order = 0 <= self.min_words <= self.max_words
         _require(in_order, f"min_words={self.min_words}, max_words={self.max_words}: need 0 <= min_words <= max_words")
 

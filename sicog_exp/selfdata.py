@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sicog_exp.curation.curate import Group, group_of
+from sicog_exp.curation.embeddings import embed_texts, encoder_state, stored_encoder
 from sicog_exp.curation.files import curate_file
+from sicog_exp.curation.filters import parse
 from sicog_exp.data.readers import words_of
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.pool_index import PoolIndex
@@ -29,6 +32,7 @@ from sicog_exp.training.stages import MixtureData, TrainingTask
 GROUPS: dict[Group, tuple[Kind, Kind]] = {"caption": ("cod", "dd"), "reasoning": ("cot", "direct")}
 POOL_REVISION = 1
 CURATION_REVISION = 3
+EMBEDDING_REVISION = 1
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,52 @@ def training_rows(curated: Mapping, images: tuple[str, ...]) -> Iterator[Record]
         yield Record(f"{curated['id']}:{kind}", messages, images, kind, f"self_{group if group == 'caption' else kind}")
 
 
+@dataclass(frozen=True)
+class EmbeddingTask:
+    """What the embeddings of a pool depend on: the encoder's name and what its model's files hold."""
+
+    encoder: str
+    state: str
+
+
+def compared_texts(pool: Path) -> Iterator[str]:
+    """Every text of a pool that some curation may compare; broken steps are compared as a whole where they may pass."""
+    lenient = CurationConfig(require_format=False)
+    for row in read_jsonl(pool / "candidates.jsonl"):
+        final = parse(row["kind"], row["text"], row["finish_reason"], lenient).final
+        if final:
+            yield final
+
+
+def embed(task: EmbeddingTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+    """Embed a pool's compared texts, once for every curation of it."""
+    started = time.perf_counter()
+    texts = embed_texts(lambda: compared_texts(inputs["pool"].path), task.encoder, workplace.directory,
+                        workplace.scratch, workplace.progress)  # fmt: skip
+    workplace.add(samples=texts, model_seconds=time.perf_counter() - started)
+
+
+def embeddings(config: CurationConfig, pools: Sequence[Artifact], run: Callable[[Step], Artifact],
+               ) -> dict[str, Artifact]:  # fmt: skip
+    """The embeddings of the pools' texts, where a model compares them; `run` makes or reads each."""
+    if config.encoder == "lexical":
+        return {}
+    groups = GROUPS if config.reasoning_scorer == "similarity" else ("caption",)
+    compared = [pool for pool in pools if pool.name in {f"generate-{group}" for group in groups}]
+    task = EmbeddingTask(config.encoder, encoder_state(config.encoder))
+    steps = [Step("embed", embed, task, {"pool": pool}, 0, EMBEDDING_REVISION) for pool in compared]
+    return {f"embeddings{i:02d}": run(step) for i, step in enumerate(steps)}
+
+
 def curate(task: CurationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Score, choose and keep; `curated.jsonl` holds every item, `self.parquet` the training rows of the kept ones."""
     unlabeled = RecordFile(inputs["data"] / "unlabeled.parquet")
     pools = [artifact for name, artifact in inputs.items() if name.startswith("pool")]
     pool_file = workplace.directory / "pool.jsonl"
     items = write_jsonl(pool_file, pool_rows(unlabeled, pools))
-    summary = curate_file(pool_file, workplace.directory, task.curation)
+    embeddings = [artifact.path for name, artifact in inputs.items() if name.startswith("embeddings")]
+    encoder = stored_encoder(task.curation.encoder, embeddings)
+    summary = curate_file(pool_file, workplace.directory, task.curation, encoder)
     known = RecordsById(unlabeled)
     kept = (row for row in read_jsonl(workplace.directory / "curated.jsonl") if row["kept"])
     rows = (record for row in kept for record in training_rows(row, known[row["id"]].images))
@@ -157,6 +200,7 @@ class SelfDataModule(MixtureData):
                 step = Step(f"generate-{group}", generate, task, {"generator": generator, "data": data}, task.seed,
                             POOL_REVISION)  # fmt: skip
                 self.pools.append(self._run(step))
-        pools = {f"pool{i:02d}": pool for i, pool in enumerate(self.pools)}
-        step = Step("curate", curate, CurationTask(self._curation), {"data": data, **pools}, 0, CURATION_REVISION)
+        inputs = {"data": data} | {f"pool{i:02d}": pool for i, pool in enumerate(self.pools)} 
+        inputs |= embeddings(self._curation, self.pools, self._run)
+        step = Step("curate", curate, CurationTask(self._curation), inputs, 0, CURATION_REVISION)
         self.curated = self.inputs["curated"] = self._run(step)

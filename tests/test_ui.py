@@ -15,21 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from chromium import needs_chromium
+from chromium import start as start_chromium
 from runs import arguments, environment, finish
 
 from sicog_exp.experiment import MEAN_ACCURACY
 from sicog_exp.tracking import PARENT, table_link
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with its chromedriver on this machine"),
-]
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--window-size=1600,1200")  # fmt: skip
+pytestmark = needs_chromium
 PATIENCE = 120
 """Seconds for a page; the machine may be busy."""
 TASK = "accuracy/sicog_world_direct"
@@ -106,21 +99,14 @@ def client(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def browser(folder: Path) -> Iterator[Browser]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "sicog_exp.cli", "ui", "--port", str(port)]
     quiet = {**environment(folder), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in FLAGS:
-        options.add_argument(flag)
     server = subprocess.Popen(command, cwd=folder, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               start_new_session=True)  # fmt: skip
-    driver = webdriver.Chrome(options, Service(str(DRIVER)))
+    driver = start_chromium()
     page = Browser(driver, f"http://127.0.0.1:{port}")
     try:
         page.until(lambda: answers(page.address), "answer of the server")

@@ -34,6 +34,7 @@ BELOW_THRESHOLD = "below_threshold"
 NO_DIRECT_ANSWER = "no_direct_answer"
 DIRECT_DISAGREEMENT = "direct_disagreement"
 INVALID_CANDIDATE = "invalid_candidate"
+UNUSED = "unused"
 
 ITEMS_PER_BATCH = 1024
 """Items scored together, so that an embedding model sees large batches."""
@@ -142,10 +143,24 @@ def _stream(items: Iterable[Item], config: CurationConfig, encoder: Encoder) -> 
 
 
 def _examine(item: Item, config: CurationConfig) -> _Examined:
-    parsed = [(c, parse(c.kind, c.text, c.finish_reason, config)) for c in item.candidates]
-    reasons = {c.position: p.reason for c, p in parsed if p.reason is not None}
+    unused = _unused(item.candidates, config.candidates)
+    parsed = [(c, parse(c.kind, c.text, c.finish_reason, config)) for c in item.candidates if c.position not in unused]
+    reasons = {c.position: p.reason for c, p in parsed if p.reason is not None} | dict.fromkeys(unused, UNUSED)
     reasons.update(dict.fromkeys(item.invalid, INVALID_CANDIDATE))
     return _Examined(item, tuple((c, p) for c, p in parsed if p.reason is None), reasons)
+
+
+def _unused(candidates: Sequence[Response], limit: int | None) -> set[int]:
+    """Positions of the candidates behind the first `limit` of their kind."""
+    if limit is None:
+        return set()
+    seen: Counter[str] = Counter()
+    behind = set()
+    for candidate in candidates:
+        seen[candidate.kind] += 1
+        if seen[candidate.kind] > limit:
+            behind.add(candidate.position)
+    return behind
 
 
 def _by_agreement(item: Item, config: CurationConfig) -> bool:

@@ -19,7 +19,7 @@ from typing import IO, Any
 from sicog_exp.curation import CurationError
 from sicog_exp.curation.curate import ITEM_KINDS, Decision, Item, Response, Tally, curate, group_of
 from sicog_exp.curation.filters import infer_kind
-from sicog_exp.curation.similarity import build_encoder
+from sicog_exp.curation.similarity import Encoder, build_encoder
 from sicog_exp.prompts import CAPTION_KINDS, REASONING_KINDS, STEPS, Kind
 from sicog_exp.recipe import CurationConfig
 
@@ -34,8 +34,9 @@ class _BadInput(ValueError):
         self.reason, self.fix = reason, fix
 
 
-def curate_file(candidates: Path, out: Path, config: CurationConfig) -> dict[str, Any]:
-    """Curate a file into the folder `out`; returns what it writes to `summary.json`.
+def curate_file(candidates: Path, out: Path, config: CurationConfig, encoder: Encoder | None = None) -> dict[str, Any]:
+    """Curate a file into the folder `out`; returns what it writes to `summary.json`. `encoder` is the one that the
+    config names, where it has been built already.
 
     Writes `curated.jsonl` (a row per usable input row), `scores.jsonl` (a row per candidate), `preferences.jsonl`
     (chosen and rejected responses of kept items), `rejected.jsonl` and `summary.json`, together: a killed run leaves
@@ -43,7 +44,7 @@ def curate_file(candidates: Path, out: Path, config: CurationConfig) -> dict[str
     naming file and fix, when no row is usable, a file cannot be read or written, or the encoder cannot be used.
     """
     candidates, out = Path(candidates), Path(out)
-    encoder = build_encoder(config.encoder)
+    encoder = encoder or build_encoder(config.encoder)
     try:
         with candidates.open("rb") as source, _Outputs(out) as outputs:
             reader, tally = _Reader(candidates.name, source, outputs.files["rejected"]), Tally()

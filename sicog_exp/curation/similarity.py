@@ -18,6 +18,7 @@ import numpy.typing as npt
 from sicog_exp.curation import CurationError
 
 Matrix = npt.NDArray[np.float64]
+Embed = Callable[[list[str]], npt.NDArray[np.floating]]
 T = TypeVar("T")
 
 GROUPS_PER_BATCH = 1024
@@ -123,7 +124,7 @@ class EmbeddingEncoder(Encoder):
     the 7th with the batch it was padded in, and a score must not.
     """
 
-    def __init__(self, name: str, embed: Callable[[list[str]], npt.NDArray[np.floating]]) -> None:
+    def __init__(self, name: str, embed: Embed) -> None:
         self.name = name
         self._embed = embed
         self._cache: dict[str, npt.NDArray[np.float32]] = {}
@@ -156,11 +157,17 @@ class EmbeddingEncoder(Encoder):
 
 def build_encoder(name: str) -> Encoder:
     """The encoder that a recipe's `curation.encoder` names. Raises CurationError naming what is allowed."""
-    if name == "lexical":
-        return LexicalEncoder()
-    if name == "minilm":
-        return EmbeddingEncoder(name, _sentence_transformer(_packaged_minilm(), name))
-    return EmbeddingEncoder(name, _sentence_transformer(name, name))
+    return LexicalEncoder() if name == "lexical" else EmbeddingEncoder(name, embedder(name))
+
+
+def embedder(name: str) -> Embed:
+    """What embeds texts for the encoder called `name`: m texts -> (m, d). Raises CurationError."""
+    return _sentence_transformer(encoder_source(name), name)
+
+
+def encoder_source(name: str) -> str:
+    """The folder or hub name of the encoder's model."""
+    return _packaged_minilm() if name == "minilm" else name
 
 
 def _packaged_minilm() -> str:
@@ -172,7 +179,7 @@ def _packaged_minilm() -> str:
     return str(get_model_path())
 
 
-def _sentence_transformer(source: str, name: str) -> Callable[[list[str]], npt.NDArray[np.floating]]:
+def _sentence_transformer(source: str, name: str) -> Embed:
     """The embedding function of a sentence-transformers model; code that comes with a model is never run."""
     is_folder = Path(source).is_dir()
     looks_like_a_path = source.startswith((".", "/", "~")) or source.count("/") > 1

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 from sicog_exp.ahead import check_ahead
 from sicog_exp.evaluation.benchmarks import BenchmarkError, load_suite
 from sicog_exp.recipe import Recipe, RecipeError, load, load_as, to_yaml
+from sicog_exp.studies import findings
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import Trial
 
 HEARTBEAT = 30
 """Seconds between the signs of life that workers leave in a database."""
@@ -199,9 +199,9 @@ def run_sweep(study: StudyConfig, console: Console) -> Path:
     client.set_tag(run_id, "sicog.level", "study")
     client.update_run(run_id, status="RUNNING")
     client.log_text(run_id, to_yaml(study), "study.yaml")
-    console.print(f"{study.name}: {len(finished(search))} of {study.trials} trials are done")
+    console.print(f"{study.name}: {len(findings.finished(search))} of {study.trials} trials are done")
     failures = 0
-    while len(finished(search)) < study.trials:
+    while len(findings.finished(search)) < study.trials:
         trial = search.ask()
         trial.set_user_attr("owner", _owner())
         error = Attempt(study, search, run_id, console).run(trial)
@@ -271,13 +271,6 @@ def _pruner(study: StudyConfig) -> Any:
     return pruners.MedianPruner(n_startup_trials=STARTUP)
 
 
-def finished(search: Study) -> list[FrozenTrial]:
-    """Trials that count: complete or pruned. Failed ones are shown, and tried again."""
-    from optuna.trial import TrialState
-
-    return search.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-
-
 def _owner() -> str:
     """This process, told from a later one that gets the same number."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
@@ -321,7 +314,7 @@ class Attempt:
         values = suggested(self.study, trial)
         recipe = recipe_of(self.study, values, "development")
         tracker = self._tracker(recipe, trial, values)
-        self.console.rule(f"{self.study.name}, trial {trial.number}: {_shown(values)}")
+        self.console.rule(f"{self.study.name}, trial {trial.number}: {findings.shown(values)}")
         try:
             measured = self._climb(trial, values, tracker)
         except TrialPruned:
@@ -384,28 +377,7 @@ class Attempt:
         tracker.finish(status)
 
 
-def _shown(values: Mapping[str, Any]) -> str:
-    texts = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
-    return " ".join(f"{key}={text}" for key, text in texts.items())
-
-
 # The end.
-
-
-def complete(search: Study) -> list[FrozenTrial]:
-    from optuna.trial import TrialState
-
-    return search.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-
-def first_value(trial: FrozenTrial) -> float:
-    """A complete trial's first objective, which ranks and explains trials; the others draw the Pareto front."""
-    return cast(Sequence[float], trial.values)[0]
-
-
-def ranked(study: StudyConfig, search: Study) -> list[FrozenTrial]:
-    """Complete trials, the best first."""
-    return sorted(complete(search), key=first_value, reverse=study.objectives[0].direction == "maximize")
 
 
 def conclude(study: StudyConfig, search: Study, run_id: str, console: Console) -> Path:
@@ -413,62 +385,22 @@ def conclude(study: StudyConfig, search: Study, run_id: str, console: Console) -
     from sicog_exp.experiment import run_experiment
     from sicog_exp.tracking import connect
 
-    best = ranked(study, search)[0]
+    best = findings.ranked(search)[0]
     recipe = replace(recipe_of(study, best.params, "benchmark"), name=f"{study.name}-best")
     folder = Path(recipe.store) / "studies"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study.name}-best.yaml"
     path.write_text(to_yaml(recipe))
-    show(study, search, console)
+    findings.show(study.name, search, console)
     console.rule(f"{study.name}: the winner, trial {best.number}, on the benchmark")
     run_experiment(recipe, console)
     client = connect(recipe.tracking)
     client.log_artifact(run_id, str(path))
-    client.log_artifact(run_id, str(draw(study, search, folder)))
-    client.log_dict(run_id, importances(search), "importances.json")
+    logarithmic = [key for key, axis in study.space.items() if axis.log]
+    for picture in findings.draw(study.name, search, list(study.space), logarithmic, folder):
+        client.log_artifact(run_id, str(picture))
+    client.log_dict(run_id, findings.importances(search), "importances.json")
     client.set_tag(run_id, "sicog.best_trial", str(best.number))
     client.set_terminated(run_id)
     console.print(f"the winner's recipe: {path}   (sicog iterate {path})")
-    return path
-
-
-def importances(search: Study) -> dict[str, float]:
-    """Share of the first objective's variance by key; empty with too few trials or one value."""
-    from optuna.importance import get_param_importances
-
-    values = [first_value(trial) for trial in complete(search)]
-    if len(values) < 4 or max(values) == min(values):
-        return {}
-    return {key: float(share) for key, share in get_param_importances(search, target=first_value).items()}
-
-
-def show(study: StudyConfig, search: Study, console: Console) -> None:
-    """The ten best trials on the development split, and which keys mattered."""
-    table = Table(title=f"{study.name}: the ten best of {len(finished(search))} trials (development split)")
-    for column in ("trial", *(objective.metric for objective in study.objectives), "values"):
-        table.add_column(column)
-    for trial in ranked(study, search)[:10]:
-        values = [f"{value:.4g}" for value in cast(Sequence[float], trial.values)]
-        table.add_row(str(trial.number), *values, _shown(trial.params))
-    console.print(table)
-    for key, share in importances(search).items():
-        console.print(f"  {share:4.0%} of the variance: {key}", highlight=False)
-
-
-def draw(study: StudyConfig, search: Study, folder: Path) -> Path:
-    """A picture of each searched key against the first objective, later trials brighter."""
-    from matplotlib.figure import Figure
-
-    keys = list(study.space)
-    figure = Figure(figsize=(3.2 * len(keys), 3.2), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
-        shown = [trial for trial in complete(search) if key in trial.params]
-        axes.scatter([trial.params[key] for trial in shown], [first_value(trial) for trial in shown],
-                     c=[trial.number for trial in shown], cmap="viridis", s=18)  # fmt: skip
-        axes.set_xlabel(key)
-        if study.space[key].log:
-            axes.set_xscale("log")
-    figure.axes[0].set_ylabel(study.objectives[0].metric)
-    path = folder / f"{study.name}-slices.png"
-    figure.savefig(path, dpi=110)
     return path

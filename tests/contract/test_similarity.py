@@ -1,11 +1,11 @@
 """The contract of `Encoder`, run over every implementation."""
 
-import hashlib
-
 import numpy as np
 import pytest
+from hashed import hashed
 
 from sicog_exp.curation import CurationError
+from sicog_exp.curation.embeddings import embed_texts, stored_encoder
 from sicog_exp.curation.similarity import EmbeddingEncoder, Encoder, LexicalEncoder, build_encoder
 
 GROUPS = [
@@ -17,14 +17,12 @@ GROUPS = [
 ]
 
 
-def hashed(texts: list[str]) -> np.ndarray:
-    """Embeddings without a model: a random vector seeded by the text."""
-    seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
-    return np.stack([np.random.default_rng(seed).normal(size=16) for seed in seeds])
-
-
-@pytest.fixture(scope="module", params=["lexical", "embedding", "minilm"])
-def encoder(request: pytest.FixtureRequest) -> Encoder:
+@pytest.fixture(scope="module", params=["lexical", "embedding", "minilm", "stored"])
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    if request.param == "stored":  # half of the texts; the others are embedded when they come
+        folder = tmp_path_factory.mktemp("embeddings")
+        embed_texts(lambda: iter([*GROUPS[0], *GROUPS[2]]), "minilm", folder, folder)
+        return stored_encoder("minilm", [folder])
     return EmbeddingEncoder("embedding", hashed) if request.param == "embedding" else build_encoder(request.param)
 
 

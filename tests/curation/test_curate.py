@@ -21,8 +21,8 @@ def item(id: str, group: str, texts: Sequence[str], image: str | None = "i.png")
     return Item(id, group, "prompt", image, responses)
 
 
-def one(candidates: Item, **options: object) -> Decision:
-    return next(curate([candidates], CurationConfig(**options)))  # type: ignore[arg-type]
+def one(asked: Item, **options: object) -> Decision:
+    return next(curate([asked], CurationConfig(**options)))  # type: ignore[arg-type]
 
 
 def test_defect_cot_chain_is_kept_whole() -> None:
@@ -196,3 +196,16 @@ def test_order_of_candidates_does_not_change_the_best_score(texts, config, group
     best = {max((c.score for c in next(curate([item("q", group, order)], config)).candidates if c.score is not None),
                 default=None) for order in orders}  # fmt: skip
     assert len(best) == 1
+
+
+@given(kinds=st.lists(st.booleans(), max_size=8), limit=st.integers(1, 4))
+@settings(deadline=None)
+def test_fewer_candidates_of_a_pool_are_those_sampled_first(kinds: list[bool], limit: int) -> None:
+    """Using N of a pool is what a pool of N would have given; the others are listed as unused."""
+    texts = [cot(f"answer {i % 3}") if chain else f"answer {i % 2}" for i, chain in enumerate(kinds)]
+    first = [i for i, chain in enumerate(kinds) if sum(other == chain for other in kinds[:i]) < limit]
+    whole = item("q", "reasoning", texts)
+    small = Item("q", "reasoning", "prompt", "i.png", tuple(whole.candidates[i] for i in first))
+    limited, alone = one(whole, candidates=limit), one(small)
+    assert (limited.chosen, limited.score, limited.kept) == (alone.chosen, alone.score, alone.kept)
+    assert {c.position for c in limited.candidates if c.reason == "unused"} == set(range(len(kinds))) - set(first)

@@ -20,10 +20,10 @@ from rich.console import Console
 from runs import REPOSITORY, environment
 
 from sicog_exp.recipe import RecipeError, load
+from sicog_exp.studies.findings import finished
 from sicog_exp.studies.sweep import (
     Axis,
     StudyConfig,
-    finished,
     load_study,
     open_study,
     recipe_of,

@@ -17,7 +17,8 @@ import yaml
 from optuna.trial import TrialState
 from runs import start_sweep
 
-from sicog_exp.studies.sweep import StudyConfig, finished, load_study, open_study, recipe_of
+from sicog_exp.studies.findings import finished
+from sicog_exp.studies.sweep import StudyConfig, load_study, open_study, recipe_of
 
 pytest.importorskip("psycopg", reason="needs psycopg: pip install -e '.[postgres]'")
 GIVEN = "SICOG_TEST_POSTGRES"

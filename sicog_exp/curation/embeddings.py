@@ -1,0 +1,85 @@
+"""Embeddings of a pool's compared texts, made once: what changes only thresholds, choices or the mixture reads them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sicog_exp.curation.similarity import EmbeddingEncoder, Encoder, batched, build_encoder, embedder, encoder_source
+from sicog_exp.store import Progress, checksums, digest_of
+
+TEXTS, VECTORS, DONE = "texts.bin", "vectors.npy", "done"
+DIGEST_BYTES = 16
+TEXTS_PER_BATCH = 1024
+"""Texts embedded between two marks from which a killed run goes on."""
+
+
+def encoder_state(name: str) -> str:
+    """What `curation.encoder` is now: a digest of its model's files, or the name of one that only the hub knows."""
+    folder = Path(encoder_source(name))
+    return digest_of(checksums(folder)) if folder.is_dir() else name
+
+
+def embed_texts(texts: Callable[[], Iterator[str]], name: str, folder: Path, scratch: Path,
+                progress: Progress | None = None) -> int:  # fmt: skip
+    """Embed every distinct text of a stream, which is read twice, into `folder`; returns their number n.
+
+    `vectors.npy` is (n, d) float32, `texts.bin` the digests of its rows' texts. A killed run goes on with the first
+    batch that is not marked as done. Raises CurationError for an encoder that cannot be used.
+    """
+    rows = {digest: row for row, digest in enumerate(dict.fromkeys(map(_digest, texts())))}
+    (folder / TEXTS).write_bytes(b"".join(rows))
+    mark, embed = scratch / DONE, embedder(name)
+    done = int(mark.read_text() or 0) if mark.exists() else 0
+    for batch in batched(islice(_distinct(texts(), rows), done, None), TEXTS_PER_BATCH):
+        vectors = np.asarray(embed(batch), np.float32)
+        shape = (len(rows), vectors.shape[1])
+        stored = np.lib.format.open_memmap(folder / VECTORS, "r+" if done else "w+", np.float32, shape)
+        stored[done : done + len(batch)] = vectors
+        stored.flush()
+        done += len(batch)
+        mark.write_text(str(done))
+        if progress:
+            progress(done, len(rows))
+    return len(rows)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+
+
+def _distinct(texts: Iterable[str], rows: dict[bytes, int]) -> Iterator[str]:
+    """Each text where it comes first, which is the order of the rows."""
+    row = 0
+    for text in texts:
+        if rows[_digest(text)] == row:
+            row += 1
+            yield text
+
+
+def stored_encoder(name: str, folders: Sequence[Path]) -> Encoder:
+    """The encoder called `name`; it reads the embeddings in `folders` and embeds only texts that none of them has."""
+    if not folders:
+        return build_encoder(name)
+    places: dict[bytes, tuple[npt.NDArray[np.float32], int]] = {}
+    for folder in folders:
+        digests = (folder / TEXTS).read_bytes()
+        if digests:
+            vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+            starts = range(0, len(digests), DIGEST_BYTES)
+            places |= {digests[at : at + DIGEST_BYTES]: (vectors, row) for row, at in enumerate(starts)}
+    model = cache(lambda: embedder(name))
+
+    def embed(texts: list[str]) -> npt.NDArray[np.float32]:
+        found = [places.get(_digest(text)) for text in texts]
+        missing = [text for text, place in zip(texts, found, strict=True) if place is None]
+        fresh: Iterator[npt.NDArray] = iter(np.asarray(model()(missing), np.float32) if missing else ())
+        return np.stack([place[0][place[1]] if place else next(fresh) for place in found])
+
+    return EmbeddingEncoder(name, embed)
