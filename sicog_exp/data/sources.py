@@ -37,7 +37,7 @@ from sicog_exp.data.readers import (
 from sicog_exp.data.scenes import Scene, make_scene, render, rng_for
 from sicog_exp.prompts import Kind
 from sicog_exp.recipe import DataConfig
-from sicog_exp.records import Record, conversation, turns_conversation, write_jsonl, write_records
+from sicog_exp.records import Record, RecordFile, conversation, turns_conversation, write_jsonl, write_records
 
 SPLITS = ("annotated", "unlabeled", "instruction", "development", "benchmark")
 REJECTED = "rejected.jsonl"
@@ -47,14 +47,37 @@ BASE_TURNS = 6
 __all__ = ["SPLITS", "DataError", "build_dataset", "check_disjoint", "read_annotated", "read_unlabeled", "source_state"]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The records of a user's file that serve one split, walked through in the file's order: they are not held.
+
+    `places` names the split of every record that leaves `home`, by id; "" where it was set aside.
+    """
+
+    spool: RecordFile
+    home: str
+    places: Mapping[str, str]
+    split: str
+
+    def __iter__(self) -> Iterator[Record]:
+        for record in self.spool:
+            if self.places.get(record.id, self.home) == self.split:
+                yield record if record.source == self.split else replace(record, source=self.split)
+
+
 @dataclass
 class Dataset:
     """A data set under construction: records by split, and truths of unlabeled records where they are known."""
 
     folder: ImageFolder
     splits: dict[str, list[Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    selected: dict[str, Selection] = field(default_factory=dict)
+    """Splits that are walked through instead of held."""
     truth: list[dict[str, str]] = field(default_factory=list)
     intake: Intake = field(default_factory=Intake)
+
+    def records(self, split: str) -> Iterable[Record]:
+        return self.selected.get(split, self.splits[split])
 
     def add(self, split: str, id: str, kind: Kind, image: str, question: str = "", response: str | None = None,
             family: str = "") -> None:  # fmt: skip
@@ -75,14 +98,22 @@ def build_dataset(config: DataConfig, directory: Path) -> None:
     """
     dataset = Dataset(ImageFolder(directory, config.max_pixels))
     {"world": _world, "easyvqa": _easyvqa, "own": _own}[config.source](config, dataset)
-    check_disjoint(dataset.folder.hashes, dataset.splits)
-    dataset.folder.prune({image for records in dataset.splits.values() for r in records for image in r.images})
-    for split, records in dataset.splits.items():
+    splits = {split: dataset.records(split) for split in SPLITS}
+    check_disjoint(dataset.folder.hashes, splits)
+    dataset.folder.prune({image for records in splits.values() for r in records for image in r.images})
+    for split, records in splits.items():
         write_records(directory / f"{split}.parquet", records)
     write_jsonl(directory / "truth.jsonl", dataset.truth)
     dataset.intake.write(directory / REJECTED)
     text = json.dumps(_summary(config, dataset), indent=1, sort_keys=True, ensure_ascii=False)
     (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
+    for split in SPLITS:
+        _spool(directory, split).unlink(missing_ok=True)
+
+
+def _spool(directory: Path, split: str) -> Path:
+    """Where the usable rows of a user's file lie while they are divided into splits."""
+    return directory / f".{split}.parquet"
 
 
 def check_disjoint(hashes: Mapping[str, str], splits: Mapping[str, Iterable[Record]]) -> None:
@@ -98,15 +129,19 @@ def check_disjoint(hashes: Mapping[str, str], splits: Mapping[str, Iterable[Reco
 def _summary(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
     intake, rows = dataset.intake, dataset.intake.rejected
     by_problem = dict(Counter(row.problem for row in rows))
-    splits = {split: _counts(records) for split, records in dataset.splits.items()}
+    splits = {split: _counts(dataset.records(split)) for split in SPLITS}
     return {"source": config.source, "splits": splits, "rejected": {"rows": len(rows), "by_problem": by_problem},
             "read": dict(intake.read), "unused": dict(intake.unused), "reworded": dict(intake.reworded),
-            "blind_prior": blind_prior(dataset.splits["development"])}  # fmt: skip
+            "blind_prior": blind_prior(dataset.records("development"))}  # fmt: skip
 
 
-def _counts(records: Sequence[Record]) -> dict[str, Any]:
-    images = {image for record in records for image in record.images}
-    return {"records": len(records), "images": len(images), "kinds": dict(Counter(record.kind for record in records))}
+def _counts(records: Iterable[Record]) -> dict[str, Any]:
+    images: set[str] = set()
+    kinds: Counter[str] = Counter()
+    for record in records:
+        images.update(record.images)
+        kinds[record.kind] += 1
+    return {"records": kinds.total(), "images": len(images), "kinds": dict(kinds)}
 
 
 def blind_prior(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
@@ -351,13 +386,13 @@ def _own(config: DataConfig, dataset: Dataset) -> None:
     missing = [split for split in ("benchmark", "development") if getattr(config, split) is None]
     for split in ("benchmark", "development", "annotated"):
         if split not in missing:
-            dataset.splits[split] = _named(config, dataset, split)
+            dataset.selected[split] = Selection(_named(config, dataset, split), split, {}, split)
     _separate(config, dataset)
     if config.holdout and missing:
-        dataset.splits["annotated"] = _hold_out(config, dataset, dataset.splits["annotated"], missing)
+        _hold_out(config, dataset, missing)
     _own_requests(config, dataset)
     for split in ("annotated", "unlabeled"):
-        if not dataset.splits[split]:
+        if not any(True for _ in dataset.records(split)):
             dataset.intake.write(dataset.folder.directory / REJECTED)
             raise DataError(f"{getattr(config, split)}: no usable row is left for data.{split}; add rows with images "
                             f"of their own ({REJECTED} lists what was set aside)")  # fmt: skip
@@ -377,17 +412,19 @@ def _root(config: DataConfig, path: Path) -> Path:
     return root
 
 
-def _named(config: DataConfig, dataset: Dataset, split: str) -> list[Record]:
+def _named(config: DataConfig, dataset: Dataset, split: str) -> RecordFile:
     """All usable records of a split's file; too many unusable ones raise DataError."""
-    path = _path(config, split)
-    records = list(read_annotated(path, _root(config, path), dataset.folder, dataset.intake, split))
-    dataset.intake.check(path, config.max_bad_share, dataset.folder.directory / REJECTED)
-    return records
+    path, directory = _path(config, split), dataset.folder.directory
+    spool = _spool(directory, split)
+    write_records(spool, read_annotated(path, _root(config, path), dataset.folder, dataset.intake, split))
+    dataset.intake.check(path, config.max_bad_share, directory / REJECTED)
+    return RecordFile(spool)
 
 
-def _hold_out(config: DataConfig, dataset: Dataset, records: list[Record], splits: Sequence[str]) -> list[Record]:
-    """Move a seeded share of the image groups to each split of `splits`; what stays is returned."""
-    groups = _groups(records)
+def _hold_out(config: DataConfig, dataset: Dataset, splits: Sequence[str]) -> None:
+    """Give a seeded share of the annotated images' groups to each split of `splits`."""
+    annotated = dataset.selected["annotated"]
+    groups = _groups(annotated)
     names = sorted(set(groups.values()))
     count = max(1, round(config.holdout * len(names)))
     if len(names) <= count * len(splits):
@@ -395,17 +432,13 @@ def _hold_out(config: DataConfig, dataset: Dataset, records: list[Record], split
                         f"{', '.join(splits)}; annotate more, or name data.development and data.benchmark")  # fmt: skip
     order = np.random.default_rng(config.seed).permutation(len(names))
     place = {names[index]: splits[i // count] for i, index in enumerate(order[: count * len(splits)])}
-    stay: list[Record] = []
-    for record in records:
-        split = place.get(groups[record.images[0]]) if record.images else None
-        if split:
-            dataset.splits[split].append(replace(record, source=split))
-        else:
-            stay.append(record)
-    return stay
+    held = {record.id: place[groups[record.images[0]]] for record in annotated
+            if record.images and groups[record.images[0]] in place}  # fmt: skip
+    for split in ("annotated", *splits):
+        dataset.selected[split] = replace(annotated, places={**annotated.places, **held}, split=split)
 
 
-def _groups(records: Sequence[Record]) -> dict[str, str]:
+def _groups(records: Iterable[Record]) -> dict[str, str]:
     """Image -> its group's name; images that one record shows together must stay together."""
     parent: dict[str, str] = {}
 
@@ -424,17 +457,19 @@ def _groups(records: Sequence[Record]) -> dict[str, str]:
 def _separate(config: DataConfig, dataset: Dataset) -> None:
     """Set aside development and annotated records that show a picture of a split before them."""
     taken: dict[str, str] = {}
-    for split in ("benchmark", "development", "annotated"):
-        kept = []
-        for record in dataset.splits[split]:
+    for split, selection in dataset.selected.items():
+        aside: dict[str, str] = {}
+        shown: set[str] = set()
+        for record in selection:
             clash = next((taken[image] for image in record.images if image in taken), None)
             if clash is None:
-                kept.append(record)
+                shown.update(record.images)
                 continue
+            aside[record.id] = ""
             bad = BadRow("held out", f"shows an image of the {clash} split", f"remove the row from {split} or {clash}")
             dataset.intake.reject(_path(config, split), dataset.intake.origin[split, record.id], record.id, bad)
-        dataset.splits[split] = kept
-        taken |= {image: split for record in kept for image in record.images}
+        dataset.selected[split] = replace(selection, places=aside)
+        taken |= dict.fromkeys(shown, split)
 
 
 def _own_requests(config: DataConfig, dataset: Dataset) -> None:
@@ -451,7 +486,7 @@ def _own_requests(config: DataConfig, dataset: Dataset) -> None:
 
 def _unlabeled(config: DataConfig, dataset: Dataset, path: Path) -> Iterator[Request]:
     """Requests for images that no other split shows; the others are set aside."""
-    owner = {i: split for split in SPLITS for record in dataset.splits[split] for i in record.images}
+    owner = {i: split for split in SPLITS for record in dataset.records(split) for i in record.images}
     root = _root(config, path)
     for r in read_unlabeled(path, root, dataset.folder, dataset.intake, config.unlabeled_images, config.seed):
         if r.image in owner:

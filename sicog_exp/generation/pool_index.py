@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+FRONT = re.compile(rb'\{"sample_id": ("(?:[^"\\]|\\.)*")')
 
 
 class PoolIndex:
@@ -26,7 +29,7 @@ class PoolIndex:
         start = 0
         with file.open("rb") as stream:
             for line in stream:
-                spans = self._spans.setdefault(json.loads(line)["sample_id"], [])
+                spans = self._spans.setdefault(_sample_of(line), [])
                 end = start + len(line)
                 if spans and spans[-1][0] == number and spans[-1][2] == start:
                     spans[-1] = number, spans[-1][1], end
@@ -48,3 +51,9 @@ class PoolIndex:
                     streams[number].seek(start)
                     lines += streams[number].read(end - start).splitlines()
                 yield sample_id, [json.loads(line) for line in lines]
+
+
+def _sample_of(line: bytes) -> str:
+    """The line's sample id; where it stands in front, as pools are written, the rest is not parsed."""
+    front = FRONT.match(line)
+    return json.loads(front.group(1)) if front else json.loads(line)["sample_id"]
