@@ -129,7 +129,8 @@ def parts_of(source: Path) -> list[tuple[str, Path]]:
     if missing:
         where = f"{source}: {len(missing)} of its {len(paths)} shards are missing, such as {missing[0]}"
         raise DataError(f"{where if len(paths) > 1 else f'{source}: no such file'}; correct the path")
-    return [(str(path), path) for path in paths]
+    root = default_root(source)
+    return [(str(path.relative_to(root)), path) for path in paths]
 
 
 def _shards_in(folder: Path) -> list[Path]:
@@ -323,7 +324,7 @@ def streamed(name: str, config: str | None, revision: str | None, split: str) ->
 
 def hub_parts(source: Path) -> tuple[str, str | None, str | None, str]:
     """(owner/name, config, revision, split). Raises DataError for another form."""
-    form = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?(?::([\w.\[\]%:-]+))?", str(source))
+    form = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?(?::([\w.-]+))?", str(source))
     if not form:
         raise DataError(f"{source}: write hub:OWNER/NAME, with /CONFIG, @REVISION and :SPLIT behind it where needed")
     name, config, revision, split = form.groups()
