@@ -28,10 +28,11 @@ class Key:
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """Field name -> the docstring under it."""
+    """Field name -> the docstring under it, in the class itself or in one that it extends."""
+    found = {name: text for base in reversed(cls.__bases__) if dataclasses.is_dataclass(base)
+             for name, text in meanings(base).items()}  # fmt: skip
     (node,) = ast.parse(inspect.getsource(cls)).body
     body = typing.cast(ast.ClassDef, node).body
-    found = {}
     for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             found[typing.cast(ast.Name, field.target).id] = " ".join(str(text.value.value).split())

@@ -64,8 +64,13 @@ def requests_for(task: PoolTask, unlabeled: Iterable[Record], root: Path) -> lis
     return requests
 
 
+def items_of(inputs: Mapping[str, Artifact]) -> RecordFile:
+    """The records to sample for: those of `items` where there is such an input, else the data set's unlabeled ones."""
+    return RecordFile(inputs.get("items", inputs["data"]) / "unlabeled.parquet")
+
+
 def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    """Sample candidates for the unlabeled items of one group into `candidates.jsonl`."""
+    """Sample candidates for the items of one group into `candidates.jsonl`."""
     from sicog_exp.generation.pool import generate_pool
     from sicog_exp.generation.transformers_engine import TransformersEngine
     from sicog_exp.models.loading import work_of
@@ -73,7 +78,7 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     engine = TransformersEngine.from_path(inputs["generator"].path, task.model.generation_dtype,
                                           task.model.torch_device, task.model.trust_remote_code,
                                           threads=task.model.threads)  # fmt: skip
-    requests = requests_for(task, RecordFile(inputs["data"] / "unlabeled.parquet"), inputs["data"].path)
+    requests = requests_for(task, items_of(inputs), inputs["data"].path)
     sampling = task.sampling
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)
     facts = generate_pool(engine, requests, decoding, workplace.scratch, workplace.directory / "candidates.jsonl",
@@ -81,6 +86,20 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     tokens = facts["prompt_tokens"] + facts["new_tokens"]
     workplace.add(samples=facts["candidates"], tokens=tokens, model_seconds=facts["seconds"],
                   flops=work_of(engine.model).flops(tokens, 0, training=False))  # fmt: skip
+
+
+def sample_pools(task: PoolTask, generators: Mapping[Group, Artifact], inputs: Mapping[str, Artifact],
+                 run: Callable[[Step], Artifact], name: str = "generate") -> dict[Group, Artifact]:  # fmt: skip
+    """A pool of every group that has items and candidates to sample; `inputs` as in `generate`, but the generator."""
+    # A folder of images without questions has captions to sample and no answers.
+    present = {group_of(record.kind) for record in items_of(inputs)}
+    pools = {}
+    for group, generator in generators.items():
+        if group in present and any(getattr(task.sampling, kind) for kind in GROUPS[group]):
+            step = Step(f"{name}-{group}", generate, replace(task, group=group), {"generator": generator, **inputs},
+                        task.seed, POOL_REVISION)  # fmt: skip
+            pools[group] = run(step)
+    return pools
 
 
 @dataclass(frozen=True)
@@ -150,7 +169,7 @@ def embeddings(config: CurationConfig, pools: Sequence[Artifact], run: Callable[
     if config.encoder == "lexical":
         return {}
     groups = GROUPS if config.reasoning_scorer == "similarity" else ("caption",)
-    compared = [pool for pool in pools if pool.name in {f"generate-{group}" for group in groups}]
+    compared = [pool for pool in pools if pool.name.rpartition("-")[2] in groups]
     task = EmbeddingTask(config.encoder, encoder_state(config.encoder))
     steps = [Step("embed", embed, task, {"pool": pool}, 0, EMBEDDING_REVISION) for pool in compared]
     return {f"embeddings{i:02d}": run(step) for i, step in enumerate(steps)}
@@ -170,6 +189,18 @@ def curate(task: CurationTask, inputs: Mapping[str, Artifact], workplace: Workpl
     rows = (record for row in kept for record in training_rows(row, known[row["id"]].images))
     write_records(workplace.directory / "self.parquet", rows)
     workplace.add(samples=items, kept=summary["kept"])
+
+
+def curate_pools(name: str, curation: CurationConfig, data: Artifact, pools: Sequence[Artifact],
+                 run: Callable[[Step], Artifact]) -> Artifact:  # fmt: skip
+    """Curate these pools together; `data` holds the items that they were sampled for."""
+    inputs = {"data": data, **numbered(pools), **embeddings(curation, pools, run)}
+    return run(Step(name, curate, CurationTask(curation), inputs, 0, CURATION_REVISION))
+
+
+def numbered(pools: Iterable[Artifact]) -> dict[str, Artifact]:
+    """Pools as a step's inputs."""
+    return {f"pool{i:02d}": pool for i, pool in enumerate(pools)}
 
 
 class SelfDataModule(MixtureData):
@@ -192,15 +223,5 @@ class SelfDataModule(MixtureData):
         if self.curated is not None:
             return
         data = self.inputs["data"]
-        # A folder of images without questions has captions to sample and no answers.
-        present = {group_of(record.kind) for record in RecordFile(data / "unlabeled.parquet")}
-        for group, generator in self._generators.items():
-            task = replace(self._pool_task, group=group)
-            if group in present and any(getattr(task.sampling, kind) for kind in GROUPS[group]):
-                step = Step(f"generate-{group}", generate, task, {"generator": generator, "data": data}, task.seed,
-                            POOL_REVISION)  # fmt: skip
-                self.pools.append(self._run(step))
-        inputs = {"data": data} | {f"pool{i:02d}": pool for i, pool in enumerate(self.pools)} 
-        inputs |= embeddings(self._curation, self.pools, self._run)
-        step = Step("curate", curate, CurationTask(self._curation), inputs, 0, CURATION_REVISION)
-        self.curated = self.inputs["curated"] = self._run(step)
+        self.pools += sample_pools(self._pool_task, self._generators, {"data": data}, self._run).values()
+        self.curated = self.inputs["curated"] = curate_pools("curate", self._curation, data, self.pools, self._run)

@@ -96,24 +96,46 @@ def _impatient() -> Iterator[None]:
 
 def open_run(client: MlflowClient, config: TrackingConfig, name: str, source: str) -> tuple[str, str]:
     """(run, experiment): the run that `mlflow run` made for us, or a new one in the recipe's experiment."""
-    given = os.environ.get("MLFLOW_RUN_ID")
+    given, experiment_id = os.environ.get("MLFLOW_RUN_ID"), _experiment(client, config)
     if given:
         client.set_tag(given, NAME, name)
-        return given, client.get_run(given).info.experiment_id
-    title = os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.experiment
-    experiment = client.get_experiment_by_name(title)
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment(title)
+        return given, experiment_id
     run = client.create_run(experiment_id, tags={NAME: name, SOURCE: source})
     return run.info.run_id, experiment_id
 
 
-def mark_no_op(config: TrackingConfig, finished_run: str) -> None:
-    """Let the run that `mlflow run` opened for nothing point to the finished one."""
+def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
+    """That of the run that `mlflow run` made for us, or the recipe's, made when first asked for."""
     given = os.environ.get("MLFLOW_RUN_ID")
     if given:
+        return client.get_run(given).info.experiment_id
+    title = os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.experiment
+    experiment = client.get_experiment_by_name(title)
+    return experiment.experiment_id if experiment else client.create_experiment(title)
+
+
+def open_study(client: MlflowClient, config: TrackingConfig, name: str, source: str, known: str = "") -> str:
+    """The run under which a study's runs stand: `known` goes on, or one is opened."""
+    run_id = known or open_run(client, config, name, source)[0]
+    client.set_tag(run_id, "sicog.level", "study")
+    client.update_run(run_id, status="RUNNING")
+    return run_id
+
+
+def study_of_name(client: MlflowClient, config: TrackingConfig, name: str) -> str:
+    """The run of the ablation of this name in the recipe's experiment, or nothing."""
+    studies = client.search_runs([_experiment(client, config)], "tags.`sicog.level` = 'study'")
+    # Compared here: MLflow's search language knows no quotation mark inside a name.
+    return next((run.info.run_id for run in studies if run.data.tags.get("sicog.study") == name), "")
+
+
+def mark_no_op(config: TrackingConfig, other_run: str, words: str = "nothing to do") -> None:
+    """Let the run that `mlflow run` opened for nothing point to the one that holds the work."""
+    given = os.environ.get("MLFLOW_RUN_ID")
+    if given and given != other_run:
         client = connect(config)
-        client.set_tag(given, NAME, "nothing to do")
-        client.set_tag(given, "sicog.finished_run", finished_run)
+        client.set_tag(given, NAME, words)
+        client.set_tag(given, "sicog.finished_run", other_run)
 
 
 def generation_runs(client: MlflowClient, experiment: Run) -> dict[int, Run]:
@@ -161,10 +183,11 @@ def table_link(experiment_id: str, metric: str) -> str:
 
 
 class Tracker:
-    """The runs of one experiment; those of a study's trial stand under the study's run."""
+    """The runs of one experiment; those of a study stand under the study's run, and each has the study's `tags`."""
 
-    def __init__(self, recipe: Recipe, study_run: str = "", name: str = "") -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, study_run: str = "", name: str = "", tags: Mapping[str, str] | None = None
+                 ) -> None:  # fmt: skip
+        self.recipe, self.tags = recipe, dict(tags or {})
         self.client = connect(recipe.tracking)
         self.name = name or f"s{recipe.seed} {recipe.name}"
         """Names the run, and its generations after their number: lists, which cut names, mix those of many runs."""
@@ -199,7 +222,8 @@ class Tracker:
             self.client.log_batch(run_id, params=fresh[start : start + 100])
 
     def _child(self, parent: str, name: str, level: str, **tags: str) -> str:
-        labels = {PARENT: parent, NAME: name, "sicog.level": level, "sicog.recipe": self.recipe.name, **tags}
+        own = {PARENT: parent, NAME: name, "sicog.level": level, "sicog.recipe": self.recipe.name}
+        labels = {**own, **self.tags, **tags}
         run: Run = self.client.create_run(self.experiment_id, tags=labels)
         return run.info.run_id
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sicog_exp.prompts import prompt, question_of, structured
-from sicog_exp.recipe import CurationConfig, ModelConfig, SamplingConfig
+from sicog_exp.recipe import CurationConfig, ModelConfig, SamplingConfig, StageConfig
 from sicog_exp.records import Record, conversation, read_jsonl, read_records, write_jsonl, write_records
-from sicog_exp.selfdata import CurationTask, PoolTask, curate, pool_rows, requests_for, training_rows
-from sicog_exp.store import Artifact, Workplace
+from sicog_exp.selfdata import (
+    GROUPS,
+    CurationTask,
+    PoolTask,
+    SelfDataModule,
+    curate,
+    pool_rows,
+    requests_for,
+    training_rows,
+)
+from sicog_exp.store import Artifact, Store, Workplace
+from sicog_exp.training.stages import TrainingTask
 
 COT = structured("cot", ("find color", "red dog", "dog red", "red"))
 
@@ -57,6 +68,35 @@ def test_iterations_give_pooled_candidates_keys_of_their_own(tmp_path: Path) -> 
         for request in requests_for(task(iteration=iteration, cot=3, direct=1), [unlabeled(1)], tmp_path):
             keys |= {(request.kind, request.first_index + i) for i in range(request.count)}
     assert len(keys) == 3 * (3 + 1)
+
+
+@pytest.mark.parametrize(("pooled", "counts"), [(True, [3, 6, 9]), (False, [3, 3, 3])])
+def test_candidates_are_pooled_over_iterations_or_fresh(pooled: bool, counts: list[int], tiny_model: Path,
+                                                        world_images: list[Path], tmp_path: Path) -> None:  # fmt: skip
+    """The authors' runs: N = 3, 6, 9 over three iterations, each candidate a draw of its own."""
+    data = tmp_path / "data"
+    data.mkdir()
+    records = [unlabeled(0), replace(unlabeled(1, "cod"), messages=conversation(prompt("cod"), None, ("1.png",)))]
+    write_records(data / "unlabeled.parquet", records)
+    for image in world_images[:2]:
+        (data / image.name).write_bytes(image.read_bytes())
+    model = Artifact(tiny_model, {"fingerprint": "model"}, True)
+    sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=12, batch_size=4)
+    machine, store = ModelConfig(device="cpu", threads=1), Store(tmp_path / "store")
+    curation = CurationConfig(caption_threshold=0.0, reasoning_threshold=0.0, require_format=False)
+    training = TrainingTask(StageConfig(), machine, {"self_cot": 1.0}, 0)
+    earlier: list[Artifact] = []
+    for iteration, count in enumerate(counts):
+        drawn = PoolTask(sampling, machine, "caption", iteration, 0)
+        module = SelfDataModule(drawn, curation, training, model, Artifact(data, {"fingerprint": "data"}, True),
+                                dict.fromkeys(GROUPS, model), earlier, store.run)  # fmt: skip
+        module.prepare_data()
+        rows = list(read_jsonl(module.inputs["curated"] / "pool.jsonl"))
+        assert {row["id"]: len(row["candidates"]) for row in rows} == {"u0": count, "u1": count}
+        keys = [(row["sample_id"], row["kind"], row["index"])
+                for pool in module.pools for row in read_jsonl(pool / "candidates.jsonl")]  # fmt: skip
+        assert len(set(keys)) == len(keys) == 2 * count
+        earlier = module.pools if pooled else []
 
 
 def test_defect_outputs_are_zipped_with_the_wrong_images(tmp_path: Path) -> None:

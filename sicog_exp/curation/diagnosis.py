@@ -140,7 +140,7 @@ def diagnose(curated: Path, data: Path) -> dict[Group, Diagnosis]:
         verdict = verdicts.get(row["id"])  # none where curation could not use the row
         if verdict is not None and verdict["chosen"] is not None:
             candidates = [row["candidates"][at] for at in valid[row["id"]]]
-            choices[row["kind"]].append(_choice(verdict, candidates, truths.get(row["id"])))
+            choices[row["kind"]].append(choice_of(verdict, candidates, truths.get(row["id"])))
     return {group: Diagnosis(group, items[group], known[group], tuple(choices[group]))
             for group in GROUPS if items[group]}  # fmt: skip
 
@@ -175,7 +175,7 @@ def final_of(kind: Kind, text: str) -> str:
     return final_text(kind, text) or text.strip()
 
 
-def _choice(verdict: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], truth: Truth | None) -> Choice:
+def choice_of(verdict: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], truth: Truth | None) -> Choice:
     """Judge one item; equal final texts are judged once."""
     group: Group = verdict["kind"]
     finals = Counter(final_of(candidate["kind"], candidate["text"]) for candidate in candidates)

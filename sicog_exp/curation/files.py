@@ -8,6 +8,7 @@ bad candidate alone, its row goes on with the others.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -59,6 +60,15 @@ def curate_file(candidates: Path, out: Path, config: CurationConfig, encoder: En
         raise CurationError(f"{error.filename or candidates}: {error.strerror or error}; check the paths of the "
                             "candidates and of the output folder") from error  # fmt: skip
     return summary
+
+
+def read_items(candidates: Path) -> Iterator[Item]:
+    """The usable rows of a file of candidates, as `curate_file` takes them; what it lists as rejected is left out."""
+    try:
+        with candidates.open("rb") as source:
+            yield from _Reader(candidates.name, source, io.StringIO()).items()
+    except OSError as error:
+        raise CurationError(f"{candidates}: {error.strerror or error}; name the file that was curated") from error
 
 
 def _settings(config: CurationConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sicog_exp.data.chat import ChatEncoder, ChatError, Example
+from sicog_exp.recipe import CapsConfig
 from sicog_exp.records import Record
 
 if TYPE_CHECKING:
@@ -103,6 +105,25 @@ class RecordSource:
     def row(self, index: int) -> Row:
         example, images = self._rows[index]
         return Row(example, self._images.of(images), self.name)
+
+
+def capped(records: Sequence[Record], source: str, caps: CapsConfig, seed: int) -> list[Record]:
+    """What the caps leave of a source: of each kind, then of the whole, in the records' own order.
+
+    Which ones is a function of the seed and of their ids, so that a smaller cap keeps some of a larger one's.
+    """
+    kept = list(records)
+    for kind in ("cod", "dd", "cot", "direct"):
+        own = _drawn([record.id for record in kept if record.kind == kind], getattr(caps, kind), seed)
+        kept = [record for record in kept if record.kind != kind or record.id in own]
+    own = _drawn([record.id for record in kept], getattr(caps, source, None), seed)
+    return [record for record in kept if record.id in own]
+
+
+def _drawn(ids: Sequence[str], count: int | None, seed: int) -> set[str]:
+    if count is None:
+        return set(ids)
+    return set(sorted(ids, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())[:count])
 
 
 class Mixture:

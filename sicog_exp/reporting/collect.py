@@ -14,16 +14,19 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from sicog_exp.curation import diversity
+from sicog_exp.curation import calibration, diversity
+from sicog_exp.curation.calibration import Calibration
 from sicog_exp.curation.curate import Group
 from sicog_exp.curation.diagnosis import Diagnosis, Truth, diagnose, final_of, quality, read_truth
 from sicog_exp.data.images import open_image
 from sicog_exp.evaluation import compare
 from sicog_exp.evaluation.benchmarks import Sample as Answered
 from sicog_exp.evaluation.benchmarks import read_samples
+from sicog_exp.evaluation.statistics import RESAMPLES
 from sicog_exp.prompts import KINDS, Kind, normalize_answer, question_of
 from sicog_exp.recipe import Recipe, to_yaml
 from sicog_exp.records import read_jsonl, read_records
+from sicog_exp.reporting.curation_page import calibrated
 from sicog_exp.reporting.report import (
     Answer,
     BestScore,
@@ -78,7 +81,8 @@ def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact
             watched: Sequence[str] = ()) -> ReportData:  # fmt: skip
     """Everything that the report of a finished run shows. `done` lists (generation, artifact) of every step, `watched`
     what the run's alarms and checks say."""
-    generations = _generations(lineage, recipe.evaluation.bootstrap)
+    resamples = recipe.evaluation.bootstrap
+    generations = _generations(lineage, resamples)
     return ReportData(
         name=recipe.name,
         recipe_yaml=to_yaml(recipe),
@@ -88,10 +92,11 @@ def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact
         run_uri=run_uri,
         reproduce=reproduce,
         libraries=_libraries(lineage.generations[-1].scores),
-        deltas=_deltas(lineage, recipe.evaluation.bootstrap),
+        deltas=_deltas(lineage, resamples),
         curation=tuple(_curation(i, curated, lineage.data) for i, curated in enumerate(lineage.curated)),
         cost=Cost(_cost_rows(done), orchestration_share, _device(recipe, lineage.generations[-1].scores)),
         gallery=_gallery(recipe, lineage) if lineage.curated else (),
+        calibration=tuple(_calibrated(one.path, lineage.data.path, resamples) for one in lineage.curated),
         diversity=tuple(diversity.read_diversity(one.path, lineage.data.path) for one in lineage.curated),
         questions=_questions(recipe, lineage),
         lineage=_nodes(done),
@@ -99,12 +104,13 @@ def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact
     )
 
 
-def curation_metrics(curated: Artifact, data: Artifact) -> dict[str, float]:
+def curation_metrics(curated: Artifact, data: Artifact, resamples: int = RESAMPLES) -> dict[str, float]:
     """One iteration's curation under the names that every generation uses; what is unknown is left out.
 
     `precision_*` needs the truth: the share of right answers, or of true statements in captions.
     """
     named = diversity.metrics(diversity.read_diversity(curated.path, data.path))
+    named |= calibration.metrics(_calibrated(curated.path, data.path, resamples))
     for group, found in _diagnosed(curated.path, data.path).items():
         values = {
             "keep_rate": found.keep_rate,
@@ -124,6 +130,11 @@ def curation_metrics(curated: Artifact, data: Artifact) -> dict[str, float]:
 def _diagnosed(curated: Path, data: Path) -> dict[Group, Diagnosis]:
     """Metrics and report ask for the same diagnosis; a finished artifact's path names what it holds."""
     return diagnose(curated, data)
+
+
+@lru_cache(maxsize=16)
+def _calibrated(curated: Path, data: Path, resamples: int) -> dict[Group, Calibration]:
+    return calibrated(curated, read_truth(data), resamples, curated / "pool.jsonl")
 
 
 # Scores.

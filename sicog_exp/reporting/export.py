@@ -419,7 +419,7 @@ def _stages(recipe: Mapping[str, Any], index: int) -> list[tuple[str, int, Mappi
 
 def _shares(mixture: Mapping[str, float]) -> dict[str, float]:
     """Source -> its share of the pre-training samples, if every source has rows."""
-    return {source: share / sum(mixture.values()) for source, share in mixture.items()}
+    return {source: share / sum(mixture.values()) for source, share in mixture.items() if share > 0}
 
 
 def _known(generation: Generation) -> dict[str, dict[str, float]]:

@@ -15,10 +15,11 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, with_config
 
+from sicog_exp.curation.calibration import Calibration
 from sicog_exp.curation.curate import Group
 from sicog_exp.curation.diversity import Diversity
 from sicog_exp.prompts import KINDS, final_text
-from sicog_exp.reporting import charts
+from sicog_exp.reporting import calibration_view, charts
 
 DATA = "report.json"
 """The file that keeps what a report was drawn from."""
@@ -232,6 +233,8 @@ class ReportData:
     questions: tuple[Question, ...] = ()
     lineage: tuple[Node, ...] = ()
     notes: tuple[str, ...] = ()
+    calibration: tuple[Mapping[Group, Calibration], ...] = ()
+    """Every pool under every threshold, iteration by iteration."""
 
 
 def to_json(data: ReportData) -> bytes:
@@ -284,6 +287,8 @@ def _view(data: ReportData) -> dict[str, Any]:
         "forests": [_forest(data, task) for task in dict.fromkeys(delta.task for delta in data.deltas)],
         "families": [_families(data, *key) for key in _keys(data, with_families=True)],
         "curation": [(one, [_curation_charts(one, group) for group in one.groups]) for one in data.curation],
+        "calibration": [[calibration_view.view(group, f"{group.group}, G{i}") for group in found.values()]
+                        for i, found in enumerate(data.calibration)],
         "cost": cost_view(data.cost),
         "samples": [_sample(sample) for sample in samples],
         "left_out": len(data.gallery) - len(samples),

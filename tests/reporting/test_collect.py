@@ -280,9 +280,12 @@ def test_curation_metrics_have_the_same_names_everywhere(store: Store):
     made = lineage(store, CurationConfig(reasoning_threshold=0.75, dedup=False))
     named = [c.curation_metrics(curated, made.data) for curated in made.curated]
     assert named[0].keys() == named[1].keys()
-    wanted = {"keep_rate", "kept", "mean_score", "precision_kept", "precision_chosen", "precision_random"}
+    wanted = {"keep_rate", "kept", "mean_score", "precision_kept", "precision_chosen", "precision_random",
+              "gain_choosing", "gain_families", "gain_items"}  # fmt: skip
     assert {f"curation/{group}/{name}" for group in ("caption", "reasoning") for name in wanted} <= named[0].keys()
     assert named[0]["curation/reasoning/kept"] == 12
     assert named[0]["curation/reasoning/keep_rate"] == 0.4
     assert named[0]["curation/reasoning/unanimous_share"] == 0.2
     assert named[0]["curation/reasoning/precision_kept"] == 1.0
+    parts = [named[0][f"curation/reasoning/gain_{name}"] for name in ("choosing", "families", "items")]
+    assert sum(parts) == pytest.approx(1.0 - named[0]["curation/reasoning/precision_random"])
