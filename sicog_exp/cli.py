@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _runs(commands)
     _curation(commands)
+    _data(commands)
     _results(commands)
     _surroundings(commands)
     return parser
@@ -68,8 +69,6 @@ def _curation(commands: Any) -> None:
     curate.add_argument("--candidates", type=Path, required=True, help="JSONL file of rows with candidates")
     curate.add_argument("--out", type=Path, required=True, help="folder for the results")
     curate.add_argument("overrides", nargs="*", help="such as curation.encoder=minilm curation.caption_threshold=0.9")
-
-
     sweep = commands.add_parser("curation", help="move the thresholds of a finished pool after the fact", description=(
         "Keep rate, precision where the truth is known, variety and length of what every threshold would keep, from "
         "one pool: nothing is sampled or embedded again. Prints a table and writes a page."))  # fmt: skip
@@ -82,6 +81,31 @@ def _curation(commands: Any) -> None:
     sweep.add_argument("--candidates", type=Path, help="file that `sicog curate` read (default: the store's own pool)")
     sweep.add_argument("--truth", type=Path, help="JSONL of {id, answer or description, family} (default: the data "
                        "set's own)")  # fmt: skip
+
+
+def _data(commands: Any) -> None:
+    data = commands.add_parser("data", help="look at your own data before a run", description=(
+        "Looks at files of rows and images as a run would read them."))  # fmt: skip
+    tasks = data.add_subparsers(dest="task", required=True, metavar="TASK", help="what to do with the data")
+    check = tasks.add_parser("check", help="validate all rows; token lengths, a masked sample, pictures", description=(
+        "Reads every row as a run would, says what is set aside and why, counts tokens with images by a model's own "
+        "processor, and shows rows with what the loss falls on. Trains and copies nothing. Ends with status 1 where "
+        "more than data.max_bad_share of the rows are unusable."))  # fmt: skip
+    check.add_argument("file", metavar="FILE", help="a file, a folder or brace pattern of shards, a saved datasets "
+                       "directory, a folder of images, or hub:OWNER/NAME")  # fmt: skip
+    check.add_argument("overrides", nargs="*", help="such as data.max_bad_share=0.2 data.max_pixels=1000000")
+    check.add_argument("--root", metavar="DIR", help="folder that image names are relative to (default: FILE's own)")
+    check.add_argument("--model", metavar="FOLDER", default="embedded",
+                       help="model whose processor counts tokens (default: %(default)s)")  # fmt: skip
+    check.add_argument("--unlabeled", action="store_true", help="read as data.unlabeled: rows need no response")
+    check.add_argument("--max-length", type=_at_least_one, metavar="N", help="tokens that a row may have (default: a "
+                       "stage's, or the model's if that is less)")  # fmt: skip
+    check.add_argument("--images", choices=("headers", "all"), default="headers",
+                       help="read headers, or decode all (default: %(default)s)")  # fmt: skip
+    check.add_argument("--tokens", choices=("sample", "all"), default="sample",
+                       help="count a sample's tokens, or every row's (default: %(default)s)")  # fmt: skip
+    check.add_argument("--out", type=Path, default=Path("data-check.html"),
+                       help="page with pictures and rows (default: %(default)s)")  # fmt: skip
 
 
 def _results(commands: Any) -> None:
@@ -128,6 +152,12 @@ def _seeds(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1")
+    return int(text)
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 65_536:
         raise argparse.ArgumentTypeError(f"{text!r}: a port is a whole number from 1 to 65535")
@@ -145,8 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "curation": _sweep_curation,
-                    "ablate": _ablate, "sweep": _sweep, "compare": _compare, "export": _export, "report": _report,
-                    "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
+                    "data": _check_data, "ablate": _ablate, "sweep": _sweep, "compare": _compare, "export": _export,
+                    "report": _report, "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -231,6 +261,25 @@ def _curate(args: argparse.Namespace) -> int:
     kept, aside = f"kept {summary['kept']} of {summary['items']} items", f"{summary['rejected_rows']} rows set aside"
     print(f"{kept}; {aside}; see {args.out}")
     return 0
+
+
+def _check_data(args: argparse.Namespace) -> int:
+    from sicog_exp.recipe import DataConfig, build_overrides
+
+    overrides = [*args.overrides, *([f"data.root={args.root}"] if args.root else [])]
+    config = build_overrides(DataConfig, "data", overrides)
+    quiet_libraries()
+    from sicog_exp.data.check import Options, check
+    from sicog_exp.data.preview import show, write_page
+
+    found = check(Path(args.file).expanduser(), Options(config, args.model, args.max_length, args.unlabeled,
+                                                        args.images == "all", args.tokens == "all"))  # fmt: skip
+    listing = args.out.with_suffix(".rejected.jsonl") if found.intake.rejected else None
+    write_page(found, args.out)
+    if listing:
+        found.intake.write(listing)
+    show(found, args.out, listing, console())
+    return 1 if found.too_many_bad else 0
 
 
 def _sweep_curation(args: argparse.Namespace) -> int:

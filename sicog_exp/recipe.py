@@ -61,9 +61,10 @@ class DataConfig:
     questions_per_image: int = 4
     """Questions asked about each annotated, unlabeled, development and benchmark image."""
     annotated: str | None = None
-    """`own`: a LLaVA-style JSON/JSONL or a chat-messages JSONL file with responses."""
+    """`own`: rows with responses: LLaVA, ShareGPT or chat messages as JSON, JSONL, Parquet, WebDataset shards (a file,
+    a folder, or a pattern such as part-{000..009}.tar), a saved `datasets` directory, or hub:OWNER/NAME."""
     unlabeled: str | None = None
-    """`own`: a folder of images, or a file of rows with images and (optionally) questions."""
+    """`own`: a folder of images, or rows with an image and (optionally) a question in any form of `annotated`."""
     development: str | None = None
     """`own`: like `annotated`; without it `holdout` of the annotated images is kept for development."""
     benchmark: str | None = None

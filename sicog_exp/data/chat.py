@@ -68,6 +68,10 @@ class ChatEncoder:
         """The processor's image tensors for one example's images (for LLaVA: pixel_values (images, 3, H, W))."""
         return self.processor.image_processor(images=list(images), return_tensors="pt")
 
+    def image_length(self, image: Image) -> int:
+        """Tokens that one image takes in a conversation without others."""
+        return len(self.tokenizer.encode(self._image_tokens(self.pixels([image]), 0), add_special_tokens=False))
+
     def prompt(self, messages: Sequence[Message], image_inputs: Mapping[str, Any] | None) -> list[int]:
         """Tokens up to where the assistant begins to speak, cut into the same pieces as in `example`."""
         earlier, done = self._pieces(messages)

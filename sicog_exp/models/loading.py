@@ -57,12 +57,29 @@ def load_model(source: ModelSource, dtype: str = "float32") -> tuple[PreTrainedM
     return model.eval(), processor
 
 
+def load_processor(source: ModelSource) -> Any:
+    """The processor alone, without weights. Raises ModelError."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"{source.path}: transformers cannot load its processor ({error}). Give a folder with "
+                         "config.json, a processor and a tokenizer, or a reachable hub name") from error  # fmt: skip
+    _check_processor(source.path, processor)
+    return processor
+
+
 def _check_whole(path: str, processor: Any, loaded: Mapping[str, Any]) -> None:
     """transformers puts random numbers where a checkpoint lacks weights, and a tokenizer where it lacks a processor."""
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise ModelError(f"{path}: the checkpoint lacks {len(missing)} weights of its model, such as {missing[0]}; get "
                          "the whole checkpoint")  # fmt: skip
+    _check_processor(path, processor)
+
+
+def _check_processor(path: str, processor: Any) -> None:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{path}: no processor with an image processor and a tokenizer; copy the model's "
                          "processor_config.json (or preprocessor_config.json) and tokenizer files there")  # fmt: skip
