@@ -24,10 +24,21 @@ def check_device(model: ModelConfig) -> None:
 
 
 def check_benchmarks(recipe: Recipe) -> None:
-    """That the suite and its tasks for the recipe's split exist."""
-    from sicog_exp.evaluation.benchmarks import check_suite
+    """That the suite, its tasks for the recipe's split and what they need exist."""
+    from sicog_exp.evaluation.ready import check_suite
 
-    check_suite(recipe.evaluation.suite, recipe.evaluation.split)
+    check_suite(recipe.evaluation.suite, recipe.evaluation.split, recipe.evaluation.judge)
+
+
+def left_out(recipe: Recipe) -> str:
+    """What of the suite the run will not score, in a sentence; empty where that is nothing."""
+    from sicog_exp.evaluation.suites import load_suite
+
+    names = load_suite(recipe.evaluation.suite).judged(recipe.evaluation.split)
+    if recipe.evaluation.judge or not names:
+        return ""
+    return f"Left out of suite {recipe.evaluation.suite}: {', '.join(names)}, which a judge model scores; " \
+           "evaluation.judge=true asks for it."
 
 
 def check_encoder(recipe: Recipe) -> None:

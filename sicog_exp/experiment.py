@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sicog_exp import cleandata, loop
-from sicog_exp.ahead import check_ahead
+from sicog_exp.ahead import check_ahead, left_out
 from sicog_exp.progress import Display
 from sicog_exp.recipe import Recipe, RecipeError, StageConfig
 from sicog_exp.runner import Runner
@@ -42,6 +42,8 @@ def run_experiment(recipe: Recipe, console: Console) -> Artifact:
         if finished:
             store.set_aside(finished.path, "a step it was made of is damaged")
         check_ahead(recipe)
+        if unasked := left_out(recipe):
+            console.print(unasked)
         finished = store.run(step)
     show(finished, console)
     return finished
