@@ -86,7 +86,7 @@ def evaluate(
     """Score an engine on a suite; `out` gets samples.jsonl, scores.json and lmms-eval's results.json.
 
     `dataset_dir` holds `images/` and `<split>.parquet`. What the engine raises is raised here: no question is ever
-    scored on an answer that was not given.
+    scored on an answer that was not given. With `KeptAnswers` as the engine a killed evaluation goes on.
     """
     out.mkdir(parents=True, exist_ok=True)
     tasks = suite.tasks(split, config.judge)

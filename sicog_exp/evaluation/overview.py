@@ -58,11 +58,17 @@ def _where(data: TaskData) -> str:
 
 
 def show(names: Sequence[str], console: Console) -> None:
-    """A table per suite."""
+    """A table per suite and split."""
     for name in names:
-        table = Table(title=name)
-        for column in ("task", "metric", "scored by", "questions", "data"):
-            table.add_column(column, overflow="fold")
-        for one in listed(name):
-            table.add_row(one.task, one.metric, one.scored_by, one.questions, f"{one.place}: {one.data}")
-        console.print(table)
+        rows = listed(name)
+        for split in dict.fromkeys(one.split for one in rows):
+            console.print(_table(f"{name}, {split}", [one for one in rows if one.split == split]))
+
+
+def _table(title: str, rows: Sequence[Listed]) -> Table:
+    table = Table(title=title)
+    for column in ("task", "metric", "scored by", "questions", "data"):
+        table.add_column(column, overflow="fold")
+    for one in rows:
+        table.add_row(one.task, one.metric, one.scored_by, one.questions, f"{one.place}: {one.data}")
+    return table

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sicog_exp.evaluation import stock
 from sicog_exp.evaluation.benchmarks import quiet_harness, task_file, task_manager, whole_task
+from sicog_exp.evaluation.stock import TaskData
 from sicog_exp.evaluation.suites import BenchmarkError, Split, SuiteTask, load_suite
 
 JUDGE_KEY, JUDGE_URL = "OPENAI_API_KEY", "OPENAI_API_URL"
@@ -21,12 +22,16 @@ def check_suite(name: str, split: Split, judged: bool = False) -> None:
     tasks = suite.tasks(split, judged)
     with quiet_harness():
         manager = task_manager([task.task for task in tasks], suite.include)
-        _check_hub(tasks, manager)
+        _check_data({task.task: stock.task_data(file) for task in tasks if (file := task_file(task, manager))})
         _check_judge([task for task in tasks if task.judge], manager)
 
 
-def _check_hub(tasks: Sequence[SuiteTask], manager: Any) -> None:
-    data = {task.task: stock.task_data(file) for task in tasks if (file := task_file(task, manager))}
+def _check_data(data: Mapping[str, TaskData]) -> None:
+    """That data sets of the hub can be had, and that files of this machine are where the tasks name them."""
+    gone = [f"{task}: {file}" for task, found in data.items() for file in found.files if not file.exists()]
+    if gone:
+        raise BenchmarkError(f"data files are missing:\n  {gone[0]}\nand {len(gone) - 1} more; put them back, or "
+                             "mirror the suite again where they are now")  # fmt: skip
     absent = {task: found for task, found in data.items() if found.on_hub and not stock.in_hub_cache(found.path)}
     if absent and not stock.hub_answers():
         listed = "\n".join(f"  {task}: {found}" for task, found in absent.items())

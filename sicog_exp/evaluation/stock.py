@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
     """Task files name functions of theirs; here the names are enough."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+_Loader.add_constructor("!function", lambda loader, node: node.value)
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ def task_data(file: Path) -> TaskData:
 
 
 def _flat(value: Any) -> Iterator[str]:
-    """The paths in `data_files`: one, a list, or either by split."""
+    """The paths in `data_files`: one, a list, or either by split; patterns and addresses are none."""
     if isinstance(value, str):
-        yield value
+        if not any(sign in value for sign in "*?[") and "://" not in value:
+            yield value
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _flat(part)

@@ -13,6 +13,7 @@ import stock_data
 import yaml
 from oracle import OracleEngine
 
+from sicog_exp.ahead import left_out
 from sicog_exp.cli import main
 from sicog_exp.evaluation.benchmarks import evaluate, read_samples
 from sicog_exp.evaluation.compare import deltas
@@ -22,7 +23,7 @@ from sicog_exp.evaluation.ready import check_suite
 from sicog_exp.evaluation.stock import TaskData
 from sicog_exp.evaluation.suites import BenchmarkError, Suite, load_suite, suite_state
 from sicog_exp.generation.engine import Request
-from sicog_exp.recipe import EvaluationConfig, RecipeError, load_as
+from sicog_exp.recipe import EvaluationConfig, RecipeError, load, load_as
 
 CONFIG = EvaluationConfig(batch_size=4, max_new_tokens=64)
 STOCK = stock_data.stock()
@@ -207,14 +208,28 @@ def test_shipped_suites_of_stock_tasks_agree_on_how_a_metric_is_read():
     assert all(task.limit and not task.judge for task in entries["fast"])
 
 
-def test_other_data_are_another_benchmark(copied: Path, tmp_path: Path):
+def test_other_data_are_another_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture):
     stock_data.write(tmp_path, {"pope": STOCK["pope"]})
     (tmp_path / "s.yaml").write_text("name: s\nbenchmark: [{task: pope, metric: pope_accuracy}]\n")
-    made = mirror(str(tmp_path / "s.yaml"), tmp_path, tmp_path / "out")
-    before = suite_state(str(made.suite))
-    assert suite_state(str(made.suite)) == before
+    command = ["benchmarks", "mirror", str(tmp_path / "s.yaml"), "--from", str(tmp_path), "--out", str(tmp_path / "o")]
+    assert main(command) == 0
+    suite = str(tmp_path / "o" / "s.yaml")
+    assert f"score it with evaluation.suite={suite}" in capsys.readouterr().out
+    before = suite_state(suite)
+    assert suite_state(suite) == before
     stock_data.write(tmp_path, {"pope": stock_data.Stock(STOCK["pope"].files, STOCK["pope"].rows[:2])})
-    assert suite_state(str(made.suite)) != before
+    assert suite_state(suite) != before
+    check_suite(suite, "benchmark")
+    (tmp_path / STOCK["pope"].files[0]).unlink()
+    with pytest.raises(BenchmarkError, match=r"(?s)data files are missing.*pope_local: .*mirror the suite again"):
+        check_suite(suite, "benchmark")
+
+
+def test_a_run_says_what_it_leaves_out():
+    recipe = load("experiments/embedded.yaml", ["evaluation.suite=knowledge"])
+    assert "mathvista_testmini_format, which a judge model scores" in left_out(recipe)
+    for override in ("evaluation.suite=fast", "evaluation.judge=true"):
+        assert left_out(load("experiments/embedded.yaml", ["evaluation.suite=knowledge", override])) == ""
 
 
 def test_hub_tasks_without_a_hub_stop_a_run_at_its_start(monkeypatch: pytest.MonkeyPatch):
