@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 EMBEDDED_BASE = Path(__file__).parent / "base"
 PARTS = {
     "vision": ("vision_tower", "vision_model", "visual"),
-    "projector": ("multi_modal_projector", "connector", "embed_vision"),
-    "language": ("language_model", "text_model"),
-}
+    "projector": ("multi_modal_projector", "connector", "embed_vision", "merger", "deepstack_merger_list",
+                  "image_newline"),
+    "language": ("language_model", "text_model", "lm_head"),
+}  # fmt: skip
+"""Part -> names in the path of its parameters. The projector comes first: Qwen-VL's lies inside the tower."""
 
 
 class ModelError(RuntimeError):
@@ -74,38 +76,36 @@ def save_model(model: PreTrainedModel, processor: Any, directory: Path) -> None:
     processor.save_pretrained(directory)
 
 
-def part_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
-    """vision, projector, language -> modules; together they hold every parameter. Raises ModelError otherwise."""
-    inner = model.model if hasattr(model, "model") else model
-    found: dict[str, list[nn.Module]] = {}
-    for part, names in PARTS.items():
-        modules = [getattr(inner, name) for name in names if hasattr(inner, name)]
-        if not modules:
-            raise ModelError(f"{type(model).__name__}: no {part} found under {', '.join(names)}; this architecture is "
-                             "not supported yet")  # fmt: skip
-        found[part] = modules[:1]
-    head = model.get_output_embeddings()
-    if head is not None:
-        found["language"].append(head)
-    known = {id(p) for modules in found.values() for module in modules for p in module.parameters()}
-    strays = [name for name, p in model.named_parameters() if id(p) not in known]
-    if strays:
-        raise ModelError(f"{type(model).__name__}: parameters outside its known parts: {strays[:3]}")
-    return found
+def part_of(name: str) -> str | None:
+    """The part that a parameter or module belongs to, by its dotted name; None outside all parts."""
+    path = set(name.split("."))
+    return next((part for part in ("projector", "vision", "language") if path.intersection(PARTS[part])), None)
 
 
 def part_parameters(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
-    """vision, projector, language -> parameters, each once (tied weights belong to the language model)."""
-    seen: set[int] = set()
-    result: dict[str, list[nn.Parameter]] = {}
-    for part, modules in part_modules(model).items():
-        result[part] = []
-        for module in modules:
-            for parameter in module.parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    result[part].append(parameter)
-    return result
+    """vision, projector, language -> parameters, each once (tied weights belong to the language model).
+
+    Together they hold every parameter. Raises ModelError otherwise.
+    """
+    found: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
+    strays = []
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        if part:
+            found[part].append(parameter)
+        else:
+            strays.append(name)
+    _check_parts(type(model).__name__, found, strays)
+    return found
+
+
+def _check_parts(name: str, found: Mapping[str, Any], strays: list[str]) -> None:
+    for part, parameters in found.items():
+        if not parameters:
+            raise ModelError(f"{name}: no {part} found under {', '.join(PARTS[part])}; this architecture is not "
+                             "supported yet")  # fmt: skip
+    if strays:
+        raise ModelError(f"{name}: parameters outside its known parts: {strays[:3]}")
 
 
 @dataclass(frozen=True)

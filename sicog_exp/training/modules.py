@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sicog_exp.data.chat import IGNORED
+from sicog_exp.models.families import token_types
 from sicog_exp.models.loading import part_parameters
 from sicog_exp.recipe import StageConfig
 
@@ -154,6 +155,7 @@ class SupervisedFineTuning(Stage):
     def token_losses(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """(losses of response tokens (tokens,), sample of each (tokens,)); the head sees response positions alone."""
         inputs = {name: value for name, value in micro_batch.items() if name not in NOT_THE_MODELS}
+        inputs |= token_types(self.model, micro_batch["input_ids"])
         hidden_BLD = self.model.model(**inputs, use_cache=False).last_hidden_state
         targets_BL = micro_batch["labels"][:, 1:]
         rows, columns = torch.nonzero(targets_BL != IGNORED, as_tuple=True)
