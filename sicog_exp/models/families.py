@@ -47,6 +47,15 @@ def positions(model: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, images: M
     return found
 
 
+def packing_problem(model: PreTrainedModel) -> str | None:
+    """Why several samples in one row would not stay apart; None where they do."""
+    if "mrope_section" in str(model.config):
+        return "numbers positions by place in the image (M-RoPE), which packed rows would break"
+    if "token_type_ids" in _takes(type(model)):
+        return "attends both ways inside an image, whose places transformers' sliding masks mistake in packed rows"
+    return None
+
+
 def shares_features(model: PreTrainedModel) -> bool:
     """Whether image features can stand in for images: not where deeper layers take some too (Qwen3-VL)."""
     vision = getattr(model.config, "vision_config", None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sicog_exp.data.chat import IGNORED
-from sicog_exp.models.families import token_types
+from sicog_exp.models.families import packing_problem, token_types
 from sicog_exp.models.loading import part_parameters
 from sicog_exp.recipe import StageConfig
 
@@ -131,9 +131,9 @@ class SupervisedFineTuning(Stage):
 
     def __init__(self, model: PreTrainedModel, config: StageConfig) -> None:
         super().__init__(config)
-        if config.packing and "mrope_section" in str(model.config):
-            raise ValueError(f"packing=true: {model.config.model_type} numbers positions by place in the image "
-                             "(M-RoPE), which packed rows would break; set packing=false for this model")  # fmt: skip
+        problem = packing_problem(model)
+        if config.packing and problem:
+            raise ValueError(f"packing=true: {model.config.model_type} {problem}; set packing=false for this model")
         self.model = model
         self.rates = {"vision": config.vision_lr, "projector": config.projector_lr, "language": config.language_lr}
         for part, parameters in part_parameters(model).items():
