@@ -169,9 +169,7 @@ def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workpla
     from sicog_exp.evaluation import benchmarks
     from sicog_exp.generation.transformers_engine import TransformersEngine
 
-    model = task.model
-    engine = TransformersEngine.from_path(inputs["model"].path, model.generation_dtype, model.torch_device,
-                                          model.trust_remote_code, threads=model.threads)  # fmt: skip
+    engine = TransformersEngine.from_recipe(inputs["model"].path, task.model)
     suite = benchmarks.load_suite(task.evaluation.suite)
     scores = benchmarks.evaluate(engine, suite, inputs["data"].path, task.evaluation, workplace.directory,
                                  task.evaluation.split)  # fmt: skip

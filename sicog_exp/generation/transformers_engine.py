@@ -26,6 +26,8 @@ from sicog_exp.records import Candidate, Message
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from sicog_exp.recipe import ModelConfig
+
 MAX_PIXELS = 50_000_000
 LIKELIHOOD_BATCH = 32
 """Sequences per forward pass of `log_likelihood`."""
@@ -85,6 +87,12 @@ class TransformersEngine:
         """Load a folder or hub name; `dtype` is torch's name ("float32", "bfloat16"). Raises ModelError."""
         model, processor = load_model(ModelSource(str(path), trust_remote_code), dtype)
         return cls(model, processor, device, max_pixels, threads)
+
+    @classmethod
+    def from_recipe(cls, path: str | Path, config: ModelConfig) -> TransformersEngine:
+        """A generation's model, loaded as the recipe says. Raises ModelError."""
+        model, processor = load_model(ModelSource.of(path, config), config.generation_dtype)
+        return cls(model, processor, config.torch_device, threads=config.threads)
 
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
         """The batches of `sample`, in order: every request once, of like prompt length."""

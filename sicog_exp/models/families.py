@@ -20,7 +20,8 @@ GRIDS = ("image_grid_thw",)
 
 
 @lru_cache(maxsize=64)
-def _takes(model: type[PreTrainedModel]) -> frozenset[str]:
+def _takes(model: Any) -> frozenset[str]:
+    """Names that a model class's forward pass takes."""
     return frozenset(signature(model.forward).parameters)
 
 

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from sicog_exp.models.resolution import ResolutionError, cap_pixels
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+    from sicog_exp.recipe import ModelConfig
 
 EMBEDDED_BASE = Path(__file__).parent / "base"
 PARTS = {
@@ -31,6 +35,13 @@ class ModelSource:
 
     path: str
     trust_remote_code: bool = False
+    image_pixels: int | None = None
+    attention: str = "sdpa"
+
+    @classmethod
+    def of(cls, path: str | Path, config: ModelConfig) -> ModelSource:
+        """The model in a folder, as a recipe wants it loaded."""
+        return cls(str(path), config.trust_remote_code, config.image_pixels, config.attention)
 
 
 def resolve_base(name: str) -> str:
@@ -38,24 +49,35 @@ def resolve_base(name: str) -> str:
     return str(EMBEDDED_BASE) if name == "embedded" else name
 
 
-def load_model(source: ModelSource, dtype: str = "float32") -> tuple[PreTrainedModel, Any]:
-    """The model (in eval mode, on the CPU) and its processor. Raises ModelError for what transformers can't load."""
+def load_model(source: ModelSource, dtype: str = "float32", **more: Any) -> tuple[PreTrainedModel, Any]:
+    """The model (in eval mode, on the CPU) and its processor. Raises ModelError for what transformers can't load.
+
+    `more` goes to transformers: how to quantize, say.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    options = {"trust_remote_code": source.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    # transformers' own choice is sdpa for every model that has it
+    chosen = {} if source.attention == "sdpa" else {"attn_implementation": source.attention}
     try:
         processor = AutoProcessor.from_pretrained(source.path, **options)
         made: Any = AutoModelForImageTextToText.from_pretrained(
-            source.path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
-        )
+            source.path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options,
+            **chosen, **more,
+        )  # fmt: skip
         model, loaded = made
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source.path}: transformers cannot load it as an image-text-to-text model ({error}). Give a "
                          "folder with config.json, safetensors weights and a processor, or a reachable hub "
                          "name") from error  # fmt: skip
     _check_whole(source.path, processor, loaded)
+    if source.image_pixels:
+        try:
+            cap_pixels(model, processor, source.image_pixels)
+        except ResolutionError as error:
+            raise ModelError(f"model.image_pixels={source.image_pixels}: {error}") from None
     return model.eval(), processor
 
 

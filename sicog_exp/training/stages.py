@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import Logger
+from transformers import PreTrainedModel
 
 from sicog_exp.data.chat import ChatEncoder
 from sicog_exp.data.mixture import ImageTensors, Mixture, RecordSource
+from sicog_exp.models.adapters import copy_trained, layers_kept_whole, merge_adapters
 from sicog_exp.models.loading import ModelSource, load_model, save_model, work_of
 from sicog_exp.prompts import KINDS, Kind
 from sicog_exp.recipe import ModelConfig, StageConfig
@@ -89,11 +92,38 @@ def pretrain(data: MixtureData, workplace: Workplace) -> None:
 
 def _train(kind: type[SupervisedFineTuning], data: MixtureData, workplace: Workplace) -> None:
     task = data.task
-    model, data.processor = load_model(ModelSource(str(data.inputs["model"].path), task.model.trust_remote_code))
+    source = ModelSource.of(data.inputs["model"].path, task.model)
+    model, data.processor = load_model(source, **in_4bit(task))
+    if task.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(task.seed)  # adapters start at random
     fit(kind(model, task.stage), data, task.model, workplace, task.seed, step_logger(workplace))
+    if task.stage.lora_rank:
+        model = merged(model, source, task)
     facts = workplace.facts
     workplace.add(flops=work_of(model).flops(int(facts["tokens"]), int(facts["image_tokens"]), training=True))
     save_model(model, data.processor, workplace.directory)
+
+
+def in_4bit(task: TrainingTask) -> dict[str, Any]:
+    """How transformers loads a base for QLoRA; nothing for any other stage."""
+    if not task.stage.lora_4bit:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    kept = layers_kept_whole(task.stage.lora_parts)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+                                llm_int8_skip_modules=kept)  # fmt: skip
+    return {"quantization_config": config, "device_map": {"": 0}}
+
+
+def merged(model: PreTrainedModel, source: ModelSource, task: TrainingTask) -> PreTrainedModel:
+    """The trained model without adapters. Those trained beside weights in 4 bits go to the weights in full."""
+    if task.stage.lora_4bit:
+        quantized, (model, _) = model, load_model(source)
+        copy_trained(quantized, SupervisedFineTuning(model, task.stage).model)
+    merge_adapters(model)
+    return model
 
 
 def step_logger(workplace: Workplace) -> Logger | None:

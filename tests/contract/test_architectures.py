@@ -26,7 +26,8 @@ from sicog_exp.data.mixture import Row, collate, fill_bins, pack
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.requests import keys_of
 from sicog_exp.generation.transformers_engine import TransformersEngine
-from sicog_exp.models.loading import PARTS, ModelSource, load_model, part_parameters, save_model
+from sicog_exp.models.adapters import linear_layers, merge_adapters
+from sicog_exp.models.loading import PARTS, ModelError, ModelSource, load_model, part_parameters, save_model
 from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.records import Message, user
 from sicog_exp.store import Workplace
@@ -43,6 +44,9 @@ INSIDE_THE_PROJECTOR = {
 }  # fmt: skip
 
 NO_PACKING = {"qwen2_vl": "M-RoPE", "qwen2_5_vl": "M-RoPE", "qwen3_vl": "M-RoPE", "gemma3": "both ways inside an image"}
+
+ONE_SIZE = ("llava", "gemma3")
+FEWER_PIXELS = 1600
 
 
 @dataclass(frozen=True)
@@ -231,6 +235,69 @@ class TestArchitecture:
                    for name, after in part_parameters(model).items()}  # fmt: skip
         assert any(changed[part])
         assert not any(flag for name, flags in changed.items() if name != part for flag in flags)
+
+    def test_adapters_train_and_are_merged_away(self, subject: Subject, tmp_path: Path) -> None:
+        """LoRA beside the language model: the saved model has its old names and shapes, and says what the trained one
+        said."""
+        from transformers import AutoModelForImageTextToText
+
+        model, processor = load_model(ModelSource(str(subject.family.folder)))
+        names = [(name, weight.shape) for name, weight in model.state_dict().items()]
+        batch = collate([subject.row(talk) for talk in TALKS], 0)
+        stage = StageConfig(steps=4, batch_size=5, micro_batch_size=5, vision_lr=0.0, projector_lr=0.0,
+                            language_lr=2e-2, lora_rank=4)  # fmt: skip
+        module = train(model, stage, [batch], tmp_path)
+        trained = loss(module, batch)
+        assert trained < 0.9 * loss(SupervisedFineTuning(subject.model, StageConfig()), batch)
+        merge_adapters(model)
+        save_model(model, processor, tmp_path / "saved")
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
+        assert [(name, weight.shape) for name, weight in again.state_dict().items()] == names
+        assert loss(SupervisedFineTuning(again, StageConfig()), batch) == pytest.approx(trained, rel=1e-4)
+        before, after = dict(subject.model.named_parameters()), dict(again.named_parameters())
+        changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+        assert changed == {f"{name}.weight" for name in linear_layers(subject.model, ("language",))}
+
+    def test_checkpointed_gradients_are_the_same(self, subject: Subject) -> None:
+        batch = collate([subject.row(talk) for talk in TALKS], 0)
+        found = []
+        for checkpointing in (False, True):
+            model, _ = load_model(ModelSource(str(subject.family.folder)))
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            module = SupervisedFineTuning(model, StageConfig()).train()
+            module.batch_loss(batch)[0].backward()
+            found.append([p.grad for p in module.trained_parameters if p.grad is not None])
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+    def test_eager_attention_gives_the_same_losses(self, subject: Subject) -> None:
+        model, _ = load_model(ModelSource(str(subject.family.folder), attention="eager"))
+        assert model.config._attn_implementation == "eager"
+        batch = collate([subject.row(talk) for talk in TALKS], 0)
+        losses = [loss(SupervisedFineTuning(one, StageConfig()), batch) for one in (model, subject.model)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    def test_fewer_pixels_give_fewer_image_tokens(self, subject: Subject, tmp_path: Path) -> None:
+        """The cap is saved with the model, and the processor's tokens still are as many as the model fills."""
+        source = ModelSource(str(subject.family.folder), image_pixels=FEWER_PIXELS)
+        if subject.family.name in ONE_SIZE:
+            with pytest.raises(ModelError, match="shows every image at one size"):
+                load_model(source)
+            return
+        with pytest.raises(ModelError, match=r"model\.image_pixels=9: the least .* is \d+ pixels"):
+            load_model(ModelSource(str(subject.family.folder), image_pixels=9))
+        save_model(*load_model(source), tmp_path)
+        capped = Subject(Family(subject.family.name, tmp_path), subject.pictures)
+        counts = []
+        for each in (subject, capped):
+            row = each.row(TALKS[0])
+            counts.append(row.example.input_ids.count(each.model.config.image_token_id))
+            loss(SupervisedFineTuning(each.model, StageConfig()), collate([row], 0))
+        assert counts[1] < counts[0]
+        uncapped = ModelSource(str(subject.family.folder), image_pixels=10**9)
+        tall = Subject(Family(subject.family.name, subject.family.folder), subject.pictures)
+        tall.opened = load_model(uncapped)
+        assert tall.row(TALKS[0]).example == subject.row(TALKS[0]).example
 
     @pytest.mark.parametrize("batch_size", [1, 8])
     @pytest.mark.parametrize("shared", [True, False], ids=["features", "pixels"])
