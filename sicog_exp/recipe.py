@@ -94,6 +94,12 @@ class ModelConfig:
 
     base: str = "embedded"
     """`embedded` (shipped with the package), or a folder or hub name of a transformers image-text-to-text model."""
+    language: str | None = None
+    """With `vision`, instead of `base`: a LLaVA is made of this causal language model with a chat template (a folder, a
+    hub name or a .gguf file), that vision tower and a fresh projector."""
+    vision: str | None = None
+    """A CLIP or SigLIP tower (a folder or hub name), or an image-text-to-text model, whose tower is taken; `embedded`
+    takes that of the shipped base."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you say so."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
@@ -113,6 +119,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "threads", "image_pixels")
+        both = (self.language is None) == (self.vision is None)
+        _require(both, "model.language and model.vision: a model is made of both or of neither; name the other too")
+        _require(self.language is None or self.base == "embedded", f"model.base={self.base}: leave it out, the base is "
+                 "made of model.language and model.vision")  # fmt: skip
 
     @property
     def generation_dtype(self) -> str:
