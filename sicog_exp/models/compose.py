@@ -56,18 +56,30 @@ class Tower:
 
 def load_language(path: str) -> Language:
     """From a folder, a hub name or a .gguf file. Raises ModelError."""
-    file = Path(path)
-    options = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
-    place = str(file.parent) if options else path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype="auto", **options)
+        tokenizer, model = _from_gguf(Path(path)) if path.endswith(".gguf") else (
+            AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype="auto"))  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"model.language={path}: transformers cannot load it as a causal language model ({error})"
                          ) from error  # fmt: skip
     if not tokenizer.chat_template:
         raise ModelError(f"model.language={path}: its tokenizer has no chat template; take an instruct model")
+    if hasattr(model.config, "quantization_config"):
+        raise ModelError(f"model.language={path}: its weights are quantized and cannot train; take them in full")
     return Language(model, tokenizer)
+
+
+def _from_gguf(file: Path) -> tuple[Any, Any]:
+    """Tokenizer and model of a file of llama.cpp's format, its weights as numbers again. It needs the package gguf."""
+    from transformers import GgufConfig
+
+    named: dict[str, Any] = {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
+    in_full = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, quantization_config=in_full, **named)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return tokenizer, model
 
 
 def load_tower(path: str) -> Tower:
@@ -90,7 +102,8 @@ def compose(language: Language, tower: Tower, seed: int) -> tuple[LlavaForCondit
     """Both parts as they are, joined by a two-layer projector of random weights, a pure function of `seed`."""
     tokenizer = language.tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]}, replace_extra_special_tokens=False)
-    if len(tokenizer) > language.model.get_input_embeddings().weight.shape[0]:
+    table: Any = language.model.get_input_embeddings()
+    if len(tokenizer) > len(table.weight):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             language.model.resize_token_embeddings(len(tokenizer))

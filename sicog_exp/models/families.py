@@ -5,7 +5,7 @@ Shapes in names: B prompts, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -20,9 +20,8 @@ GRIDS = ("image_grid_thw",)
 
 
 @lru_cache(maxsize=64)
-def _takes(model: Any) -> frozenset[str]:
-    """Names that a model class's forward pass takes."""
-    return frozenset(signature(model.forward).parameters)
+def _takes(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(signature(forward).parameters)
 
 
 def token_types(model: PreTrainedModel, ids_BL: Tensor) -> dict[str, Tensor]:
@@ -30,7 +29,7 @@ def token_types(model: PreTrainedModel, ids_BL: Tensor) -> dict[str, Tensor]:
 
     Gemma 3 attends both ways inside an image, Qwen-VL numbers an image's tokens by row and column.
     """
-    names = [name for name in TOKEN_TYPES if name in _takes(type(model))]
+    names = [name for name in TOKEN_TYPES if name in _takes(type(model).forward)]
     return {name: (ids_BL == model.config.image_token_id).long() for name in names}
 
 
@@ -52,7 +51,7 @@ def packing_problem(model: PreTrainedModel) -> str | None:
     """Why several samples in one row would not stay apart; None where they do."""
     if "mrope_section" in str(model.config):
         return "numbers positions by place in the image (M-RoPE), which packed rows would break"
-    if "token_type_ids" in _takes(type(model)):
+    if "token_type_ids" in _takes(type(model).forward):
         return "attends both ways inside an image, whose places transformers' sliding masks mistake in packed rows"
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from sicog_exp.data.chat import ChatEncoder
 from sicog_exp.data.mixture import Row, collate
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.transformers_engine import TransformersEngine
+from sicog_exp.loop import base_step
 from sicog_exp.models.compose import compose, fresh_projector, load_language, load_tower
 from sicog_exp.models.loading import ModelError, ModelSource, load_model, part_of, save_model
-from sicog_exp.recipe import StageConfig
+from sicog_exp.recipe import ModelConfig, Recipe, StageConfig
 from sicog_exp.records import Message, user
+from sicog_exp.store import Store
 from sicog_exp.training.modules import SupervisedFineTuning
 
 CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -111,6 +115,19 @@ def test_it_answers_about_a_picture_and_learns(language: Path, vision: Path, tmp
         losses.append(float(loss.detach()))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_recipe_s_parts_make_its_base(language: Path, vision: Path, tmp_path: Path) -> None:
+    """The same step for the same files wherever they lie, another one for another seed."""
+    recipe = Recipe(model=ModelConfig(language=str(language), vision=str(vision)))
+    artifact = Store(tmp_path / "store").run(base_step(recipe))
+    model, _ = load_model(ModelSource(str(artifact.path)))
+    parts = load_language(str(language)), load_tower(str(vision))
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), compose(*parts, 0)[0].parameters(), strict=True))
+    moved = shutil.copytree(vision, tmp_path / "moved")
+    model_config = replace(recipe.model, vision=str(moved))
+    assert base_step(replace(recipe, model=model_config)).identity == base_step(recipe).identity
+    assert base_step(replace(recipe, seed=1)).identity != base_step(recipe).identity
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "smolvlm"])
