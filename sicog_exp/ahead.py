@@ -8,6 +8,7 @@ from sicog_exp.recipe import ModelConfig, Recipe, RecipeError
 def check_ahead(recipe: Recipe) -> None:
     """Raises an error for users naming the key and the fix."""
     check_device(recipe.model)
+    check_packages(recipe)
     check_benchmarks(recipe)
     check_encoder(recipe)
     from sicog_exp.tracking import check_tracking
@@ -21,6 +22,22 @@ def check_device(model: ModelConfig) -> None:
     if model.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("model.device=cuda: torch sees no GPU here; use model.device=auto or cpu, or mend the driver "
                           "(`sicog doctor` shows what torch sees)")  # fmt: skip
+
+
+def check_packages(recipe: Recipe) -> None:
+    """That what keys ask for beyond our dependencies is there."""
+    from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
+
+    if recipe.model.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise RecipeError("model.attention=flash_attention_2: needs a GPU and the flash-attn package (`pip install "
+                          "flash-attn`); model.attention=sdpa works everywhere")  # fmt: skip
+    stages = {name: getattr(recipe, name) for name in ("develop", "align", "pretrain", "instruct")}
+    for name, stage in stages.items():
+        key = "optimizer=adamw_8bit" if stage.optimizer == "adamw_8bit" else "lora_4bit=true" * stage.lora_4bit
+        usable = is_bitsandbytes_available() and recipe.model.torch_device == "cuda"
+        if key and stage.steps and not usable:
+            raise RecipeError(f"{name}.{key}: needs a GPU and the bitsandbytes package (`pip install bitsandbytes`); "
+                              "leave the key out elsewhere")  # fmt: skip
 
 
 def check_benchmarks(recipe: Recipe) -> None:

@@ -79,9 +79,7 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     from sicog_exp.generation.transformers_engine import TransformersEngine
     from sicog_exp.models.loading import work_of
 
-    engine = TransformersEngine.from_path(inputs["generator"].path, task.model.generation_dtype,
-                                          task.model.torch_device, task.model.trust_remote_code,
-                                          threads=task.model.threads)  # fmt: skip
+    engine = TransformersEngine.from_recipe(inputs["generator"].path, task.model)
     requests = requests_for(task, items_of(inputs), inputs["data"].path)
     sampling = task.sampling
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)

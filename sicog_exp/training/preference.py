@@ -29,7 +29,7 @@ from sicog_exp.records import Record, read_records
 from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, fit
 from sicog_exp.training.modules import Means, SupervisedFineTuning
-from sicog_exp.training.stages import step_logger
+from sicog_exp.training.stages import in_4bit, merged, step_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -197,13 +197,19 @@ class PreferenceTask:
 
 def prefer(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Tune the input model on its pairs. Raises RecipeError when there is none."""
-    model, processor = load_model(ModelSource(str(inputs["model"].path), task.model.trust_remote_code))
+    loaded = ModelSource.of(inputs["model"].path, task.model)
+    model, processor = load_model(loaded, **in_4bit(task.stage))
+    if task.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(task.seed)  # adapters start at random
     source = _pairs(task, inputs, ChatEncoder(processor))
     batches = PairBatches(source, task.stage, processor.tokenizer.pad_token_id, task.seed)
     module = PreferenceTuning(model, task.stage)
     count = source.rows or 0
     batches.reference = reference_differences(module, batches, count, task.model, workplace)
     fit(module, StageData(batches), task.model, workplace, task.seed, step_logger(workplace))
+    if task.stage.lora_rank:
+        model = merged(model, loaded, task.stage)
     facts, work = workplace.facts, work_of(model)
     workplace.add(pairs=count, flops=work.flops(int(facts["tokens"]), int(facts["image_tokens"]), training=True)
                   + work.flops(*_size(source, module), training=False))  # fmt: skip
