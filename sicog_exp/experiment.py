@@ -108,6 +108,7 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
         tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
     summary: dict[str, Any] = trust(recipe, lineage, runner) | {
         "stopped": lineage.stopped,
+        "upper_bound": collect.upper_bound_note(recipe),
         "run_id": tracker.run_id,
         "experiment_id": tracker.experiment_id,
         "wall_seconds": wall,
@@ -278,6 +279,8 @@ def show(finished: Artifact, console: Console) -> None:
             console.print(f"{names}: {points}", highlight=False)
     if summary.get("stopped"):
         console.print(summary["stopped"], highlight=False)
+    if summary.get("upper_bound"):
+        console.print(f"[bold red]UPPER BOUND[/] {summary['upper_bound']}", highlight=False)
     for text in summary["alarms"]:
         console.print(f"[bold red]ALARM[/] {text}", highlight=False)
     for text in summary["contamination"]:

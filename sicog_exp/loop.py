@@ -13,13 +13,13 @@ from sicog_exp.preferences import preference_tuned
 from sicog_exp.prompts import Kind
 from sicog_exp.recipe import DataConfig, EvaluationConfig, ModelConfig, Recipe, RecipeError, StageConfig
 from sicog_exp.runner import Runner
-from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule
+from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule, check_truth
 from sicog_exp.stopping import decides_by_scores, reason_to_stop
 from sicog_exp.store import Artifact, Step, Workplace, file_checksum
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """What makes up a model: weights, configuration, tokenizer and processor; a card can be edited freely."""
-DATA_REVISION = 1
+DATA_REVISION = 2
 EVALUATION_REVISION = 1
 
 
@@ -47,6 +47,7 @@ class Lineage:
 def iterate(recipe: Recipe, runner: Runner) -> Lineage:
     """Run the whole recipe; a finished step is read from the store, a killed one goes on."""
     data = runner.run(data_step(recipe))
+    check_truth(recipe, data)
     checked = runner.run(check_step(recipe, data))
     clean = without_overlaps(recipe, data, checked, runner.run)
     base = runner.run(base_step(recipe))

@@ -13,6 +13,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -229,6 +230,12 @@ class SamplingConfig:
         _positive(self, "max_new_tokens", "batch_size")
 
 
+CaptionScorer = Literal["similarity", "lexical", "cross_format", "listing", "likelihood"]
+ReasoningScorer = Literal["similarity", "lexical", "agreement", "cross_format", "listing", "likelihood"]
+UPPER_BOUNDS = ("oracle", "truth")
+"""Selections that look at the truth: what they give is no result."""
+
+
 @dataclass(frozen=True)
 class CurationConfig:
     """Self-consistency (paper.md, Curation). A kind is a caption (cod, dd) or reasoning (cot, direct)."""
@@ -243,13 +250,42 @@ class CurationConfig:
     """Keep an image's caption when the best score reaches this."""
     reasoning_threshold: float = 0.85
     """Keep a question's answer when the best score reaches this."""
-    reasoning_scorer: Literal["similarity", "agreement"] = "agreement"
+    threshold_by: Literal["score", "quantile"] = "score"
+    """`quantile`: a threshold is a rank among the items' best scores, from 0 to 1: 0.4 keeps the best 60%."""
+    cod_threshold: float | None = None
+    """A threshold of their own for captions in steps. Where a kind of row has one, its group's two kinds are decided
+    separately, so that an item may give only its steps or only its plain row; null: decided together."""
+    dd_threshold: float | None = None
+    """The same for plain descriptions."""
+    cot_threshold: float | None = None
+    """The same for chains of thought."""
+    direct_threshold: float | None = None
+    """The same for direct answers."""
+    caption_scorer: CaptionScorer = "similarity"
+    """`similarity`: mean similarity of final texts by `encoder`; `lexical`: the same by words; `cross_format`:
+    similarity to the captions of the other kind; `listing`: agreement with everything else listed about the image;
+    `likelihood`: mean probability of its tokens."""
+    reasoning_scorer: ReasoningScorer = "agreement"
     """`similarity`: mean similarity of final answers; `agreement`: share of candidates with the same normalised
-    answer."""
+    answer; `cross_format`: share of the candidates of the other kind with it; `listing`: votes weighted by how well
+    each chain's listing agrees with the image's others; `lexical`, `likelihood`: as for captions."""
+    caption_blend: Mapping[str, float] = field(default_factory=dict)
+    """Weights of further caption scorers, such as {likelihood: 0.5}; the score is the weighted mean with
+    `caption_scorer`, which weighs 1."""
+    reasoning_blend: Mapping[str, float] = field(default_factory=dict)
+    """The same for answers."""
     require_direct_agreement: bool = False
     """Keep a question only if the chosen answer is also the most frequent direct answer."""
-    select: Literal["best", "random"] = "best"
-    """`random` draws the chosen candidate, seeded by sample id, and keeps every item: the control without curation."""
+    select: Literal["best", "random", "oracle", "truth"] = "best"
+    """`random` draws the chosen candidate, seeded by sample id, and keeps every item: the control without curation.
+    Upper bounds that look at the truth, never a result: `oracle` chooses among the candidates those that are correct,
+    `truth` trains on the ground truth instead of any candidate."""
+    family_quota: float = 1.0
+    """Keep at most this share of each question family's items, the best ones; a family is the question's first two
+    words where its source names none."""
+    disagreement_weight: float = 1.0
+    """Draw a kept answer up to this many times as often in training: the surer the vote and the more direct answers
+    disagree with it, the oftener; 1 draws all alike."""
     require_format: bool = True
     """Set aside candidates whose steps are missing or out of order, or that were cut at the token limit."""
     min_words: int = 1
@@ -264,13 +300,34 @@ class CurationConfig:
     """Lexical similarity from which two responses to the same prompt and image count as near duplicates."""
 
     def __post_init__(self) -> None:
-        _share(self, "near_duplicate")
-        for name in ("caption_threshold", "reasoning_threshold"):
-            value = getattr(self, name)
-            _require(-1 <= value <= 1, f"curation.{name}={value}: must lie between -1 and 1")
+        _share(self, "near_duplicate", "family_quota")
+        self._check_thresholds()
+        self._check_blend("caption", CaptionScorer)
+        self._check_blend("reasoning", ReasoningScorer)
+        _require(self.family_quota > 0, f"family_quota={self.family_quota}: must be above 0")
+        _require(self.disagreement_weight >= 1, f"disagreement_weight={self.disagreement_weight}: must be 1 or more")
         _positive(self, "candidates")
         in_order = 0 <= self.min_words <= self.max_words
         _require(in_order, f"min_words={self.min_words}, max_words={self.max_words}: need 0 <= min_words <= max_words")
+
+    def _check_thresholds(self) -> None:
+        lowest = 0 if self.threshold_by == "quantile" else -1
+        for name in ("caption", "reasoning", "cod", "dd", "cot", "direct"):
+            value = getattr(self, f"{name}_threshold")
+            _require(value is None or lowest <= value <= 1,
+                     f"curation.{name}_threshold={value}: must lie between {lowest} and 1")  # fmt: skip
+
+    def _check_blend(self, group: str, scorers: Any) -> None:
+        main = getattr(self, f"{group}_scorer")
+        others = [name for name in typing.get_args(scorers) if name != main]
+        for name, weight in getattr(self, f"{group}_blend").items():
+            _require(name in others and weight > 0, f"curation.{group}_blend.{name}={weight}: blends a scorer beside "
+                     f"{group}_scorer={main} ({', '.join(others)}) with a weight above 0")  # fmt: skip
+
+    @property
+    def is_upper_bound(self) -> bool:
+        """Whether the selection looks at the truth."""
+        return self.select in UPPER_BOUNDS
 
 
 @dataclass(frozen=True)
@@ -446,6 +503,11 @@ class Recipe:
         low_score = self.self_data and self.preference.steps > 0 and self.preference.rejected == "low_score"
         _require(several or not low_score, "preference.rejected=low_score needs two candidates of one kind: set "
                  "sampling.cod or sampling.cot to 2 or more, or preference.rejected=corrupted")  # fmt: skip
+
+    @property
+    def is_upper_bound(self) -> bool:
+        """Whether the run trains on what the truth chose: a bound for others, never a result."""
+        return self.self_data and self.curation.is_upper_bound
 
 
 T = TypeVar("T")

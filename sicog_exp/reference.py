@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -65,6 +65,8 @@ def shown(hint: Any) -> str:
     """A type as a user would say it: the allowed words, or its name."""
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is Mapping:
+        return f"names, each with a {shown(typing.get_args(hint)[1])}"
     names = [getattr(part, "__name__", str(part)) for part in typing.get_args(hint) or (hint,)]
     return " or ".join({"str": "text", "int": "whole number", "float": "number", "bool": "true, false",
                         "NoneType": "null"}.get(name, name) for name in names)  # fmt: skip

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sicog_exp.curation.curate import Group, group_of
+from sicog_exp.curation.diagnosis import read_truth
 from sicog_exp.curation.embeddings import embed_texts, encoder_state, stored_encoder
 from sicog_exp.curation.files import curate_file
 from sicog_exp.curation.filters import parse
+from sicog_exp.curation.items import ROW_KINDS, Group, group_of
+from sicog_exp.curation.oracle import upper_bound
+from sicog_exp.curation.scorers import weights_of
 from sicog_exp.data.readers import words_of
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.pool_index import PoolIndex
 from sicog_exp.prompts import Kind, final_text, prompt, question_of
-from sicog_exp.recipe import CurationConfig, ModelConfig, SamplingConfig
+from sicog_exp.recipe import CurationConfig, ModelConfig, Recipe, RecipeError, SamplingConfig
 from sicog_exp.records import (
     Record,
     RecordFile,
@@ -27,11 +30,13 @@ from sicog_exp.records import (
     write_records,
 )
 from sicog_exp.store import Artifact, Step, Workplace
-from sicog_exp.training.stages import MixtureData, TrainingTask
+from sicog_exp.training.stages import WEIGHTS, MixtureData, TrainingTask
 
-GROUPS: dict[Group, tuple[Kind, Kind]] = {"caption": ("cod", "dd"), "reasoning": ("cot", "direct")}
+GROUPS = ROW_KINDS
+KEPT = ("kind", "text", "finish_reason", "logprob", "tokens")
+"""What curation gets of a candidate."""
 POOL_REVISION = 1
-CURATION_REVISION = 3
+CURATION_REVISION = 4
 EMBEDDING_REVISION = 1
 
 
@@ -118,24 +123,31 @@ def pool_rows(unlabeled: Iterable[Record], pools: Sequence[Artifact]) -> Iterato
     known = RecordsById(unlabeled)
     for sample_id, candidates in PoolIndex([pool / "candidates.jsonl" for pool in pools]):
         record = known[sample_id]
-        texts = [{name: row[name] for name in ("kind", "text", "finish_reason")} for row in candidates]
+        texts = [{name: row[name] for name in KEPT} for row in candidates]
         question = question_of(record.kind, words_of(record.prompt[-1]))
+        family = {"family": record.family} if record.family else {}
         yield {"id": sample_id, "kind": group_of(record.kind), "prompt": question,
-               "image": record.images[0] if record.images else None, "candidates": texts}  # fmt: skip
+               "image": record.images[0] if record.images else None, **family, "candidates": texts}  # fmt: skip
 
 
 def training_rows(curated: Mapping, images: tuple[str, ...]) -> Iterator[Record]:
-    """The records of one kept item: its chosen response whole, and its final text in the plain kind of its group."""
+    """The records of one kept item: its chosen response whole, and its final text in the plain kind of its group; or
+    those of its rows that were kept, where they were decided separately."""
     group: Group = curated["kind"]
-    plain = GROUPS[group][1]
     question = curated["prompt"] if group == "reasoning" else ""
+    for kind, response in _responses(curated).items():
+        messages = conversation(prompt(kind, question), response, images)
+        yield Record(f"{curated['id']}:{kind}", messages, images, kind, f"self_{group if group == 'caption' else kind}")
+
+
+def _responses(curated: Mapping) -> dict[Kind, str]:
+    if "rows" in curated:
+        return {row["kind"]: row["text"] for row in curated["rows"]}
     responses: dict[Kind, str] = {curated["chosen_kind"]: curated["chosen"]}
     final = final_text(curated["chosen_kind"], curated["chosen"])
     if final:  # broken steps, which curation.require_format=false lets pass, have no final text of their own
-        responses[plain] = final
-    for kind, response in responses.items():
-        messages = conversation(prompt(kind, question), response, images)
-        yield Record(f"{curated['id']}:{kind}", messages, images, kind, f"self_{group if group == 'caption' else kind}")
+        responses[GROUPS[curated["kind"]][1]] = final
+    return responses
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,7 @@ def embeddings(config: CurationConfig, pools: Sequence[Artifact], run: Callable[
     """The embeddings of the pools' texts, where a model compares them; `run` makes or reads each."""
     if config.encoder == "lexical":
         return {}
-    groups = GROUPS if config.reasoning_scorer == "similarity" else ("caption",)
+    groups = {group for group in GROUPS if "similarity" in weights_of(config, group)}
     compared = [pool for pool in pools if pool.name.rpartition("-")[2] in groups]
     task = EmbeddingTask(config.encoder, encoder_state(config.encoder))
     steps = [Step("embed", embed, task, {"pool": pool}, 0, EMBEDDING_REVISION) for pool in compared]
@@ -176,19 +188,31 @@ def embeddings(config: CurationConfig, pools: Sequence[Artifact], run: Callable[
 
 
 def curate(task: CurationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    """Score, choose and keep; `curated.jsonl` holds every item, `self.parquet` the training rows of the kept ones."""
-    unlabeled = RecordFile(inputs["data"] / "unlabeled.parquet")
+    """Score, choose and keep; `curated.jsonl` holds every item, `self.parquet` the training rows of the kept ones.
+
+    The truth is read for upper bounds alone.
+    """
+    data, folder = inputs["data"], workplace.directory
+    unlabeled = RecordFile(data / "unlabeled.parquet")
     pools = [artifact for name, artifact in inputs.items() if name.startswith("pool")]
-    pool_file = workplace.directory / "pool.jsonl"
-    items = write_jsonl(pool_file, pool_rows(unlabeled, pools))
+    items = write_jsonl(folder / "pool.jsonl", pool_rows(unlabeled, pools))
     embeddings = [artifact.path for name, artifact in inputs.items() if name.startswith("embeddings")]
     encoder = stored_encoder(task.curation.encoder, embeddings)
-    summary = curate_file(pool_file, workplace.directory, task.curation, encoder)
-    known = RecordsById(unlabeled)
-    kept = (row for row in read_jsonl(workplace.directory / "curated.jsonl") if row["kept"])
-    rows = (record for row in kept for record in training_rows(row, known[row["id"]].images))
-    write_records(workplace.directory / "self.parquet", rows)
+    judge = upper_bound(task.curation, read_truth(data.path)) if task.curation.is_upper_bound else None
+    summary = curate_file(folder / "pool.jsonl", folder, task.curation, encoder, judge)
+    write_records(folder / "self.parquet", (record for _, record in _kept(folder, unlabeled)))
+    if task.curation.disagreement_weight > 1 and task.curation.select == "best":
+        weights = ({"id": record.id, "weight": row["weight"]} for row, record in _kept(folder, unlabeled))
+        write_jsonl(folder / WEIGHTS, weights)
     workplace.add(samples=items, kept=summary["kept"])
+
+
+def _kept(folder: Path, unlabeled: RecordFile) -> Iterator[tuple[Mapping, Record]]:
+    """The rows of `curated.jsonl` that are kept, each with every training row that it makes."""
+    known = RecordsById(unlabeled)
+    for row in read_jsonl(folder / "curated.jsonl"):
+        if row["kept"]:
+            yield from ((row, record) for record in training_rows(row, known[row["id"]].images))
 
 
 def curate_pools(name: str, curation: CurationConfig, data: Artifact, pools: Sequence[Artifact],
@@ -201,6 +225,22 @@ def curate_pools(name: str, curation: CurationConfig, data: Artifact, pools: Seq
 def numbered(pools: Iterable[Artifact]) -> dict[str, Artifact]:
     """Pools as a step's inputs."""
     return {f"pool{i:02d}": pool for i, pool in enumerate(pools)}
+
+
+def check_truth(recipe: Recipe, data: Artifact) -> None:
+    """Raises RecipeError where an upper bound is asked for and the source knows no truth of what would be sampled."""
+    if not recipe.is_upper_bound:
+        return
+    truths = read_truth(data.path)
+    asked = {group for group, kinds in GROUPS.items() if any(getattr(recipe.sampling, kind) for kind in kinds)}
+    items = {(group_of(record.kind), record.id in truths) for record in RecordFile(data / "unlabeled.parquet")}
+    for group in sorted(asked & {group for group, _ in items}):
+        if (group, True) not in items:
+            kinds = " and ".join(f"sampling.{kind}=0" for kind in GROUPS[group])
+            raise RecipeError(f"curation.select={recipe.curation.select}: data.source={recipe.data.source} knows no "
+                              f"truth of the unlabeled {group} items; use best or random, give the rows their "
+                              f"{'descriptions' if group == 'caption' else 'answers'}, or leave them out with "
+                              f"{kinds}")  # fmt: skip
 
 
 class SelfDataModule(MixtureData):

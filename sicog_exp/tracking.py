@@ -146,10 +146,11 @@ def generation_runs(client: MlflowClient, experiment: Run) -> dict[int, Run]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
+    """Nested mappings as dotted keys; an empty one is a value."""
     result: dict[str, Any] = {}
     for name, value in values.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        nested = isinstance(value, Mapping) and value
+        result |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return result
 
 
@@ -202,7 +203,8 @@ class Tracker:
     def _log_recipe(self) -> None:
         self.client.log_text(self.run_id, to_yaml(self.recipe), "recipe.yaml")
         self._log_params(self.run_id, flat(asdict(self.recipe)))
-        for tag, value in {"sicog.level": "experiment", "sicog.recipe": self.recipe.name, **self._made_with()}.items():
+        tags = {"sicog.level": "experiment", "sicog.recipe": self.recipe.name, **self._made_with()}
+        for tag, value in (tags | self._upper_bound()).items():
             self.client.set_tag(self.run_id, tag, value)
 
     @staticmethod
@@ -211,6 +213,14 @@ class Tracker:
         code = code_version()
         tags = {f"sicog.code.{name}": value for name, value in code.items()}
         return tags | ({COMMIT: code["commit"]} if "commit" in code else {})
+
+    def _upper_bound(self) -> dict[str, str]:
+        """Marks the runs whose self-data the truth chose: never a result, and no model for the registry."""
+        return {"sicog.upper_bound": self.recipe.curation.select} if self.recipe.is_upper_bound else {}
+
+    @property
+    def _registers(self) -> bool:
+        return self.recipe.tracking.register and not self.recipe.is_upper_bound
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -231,7 +241,7 @@ class Tracker:
         """The run of generation `index`, made when first asked for. It repeats the recipe, so that the UI's comparison
         of any two generations shows how their recipes differ."""
         if index not in self._generations:
-            tags = {"sicog.generation": str(index), SOURCE: "sicog iterate", **self._made_with()}
+            tags = {"sicog.generation": str(index), SOURCE: "sicog iterate", **self._made_with(), **self._upper_bound()}
             run = self._child(self.run_id, f"G{index} {self.name}", "generation", **tags)
             self._generations[index] = run
             known = {"generation": index, "recipe": self.recipe.name}
@@ -308,8 +318,8 @@ class Tracker:
         return "\n".join(lines), {**tags, "sicog.run": self.generation(index), "sicog.parent_run": self.run_id}
 
     def register(self, index: int, artifact: Artifact) -> None:
-        """Log generation `index`'s model and register it with the alias gen-<index>."""
-        if not self.recipe.tracking.register:
+        """Log generation `index`'s model and register it with the alias gen-<index>; not that of an upper bound."""
+        if not self._registers:
             return
         import mlflow
         from mlflow.exceptions import MlflowException
@@ -332,7 +342,7 @@ class Tracker:
 
     def promote(self, index: int) -> None:
         """Point the alias `champion` at generation `index`."""
-        if self.recipe.tracking.register:
+        if self._registers:
             name = f"sicog-{self.recipe.name}"
             version = self.client.get_model_version_by_alias(name, f"gen-{index}")
             self.client.set_registered_model_alias(name, "champion", version.version)

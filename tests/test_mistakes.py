@@ -190,7 +190,7 @@ MISTAKES = [
     ("sweep key.yaml", r"space\.curation\.caption_treshold: .*did you mean caption_threshold\?"),
     ("sweep order.yaml", r"caption_threshold: low=0\.9, high=0\.1: low must not be above high"),
     ("sweep axis.yaml", r"caption_threshold=3: expected a mapping of low, high"),
-    ("sweep choice.yaml", r"reasoning_scorer='vote': allowed: similarity, agreement"),
+    ("sweep choice.yaml", r"reasoning_scorer='vote': allowed: similarity, lexical, agreement"),
     ("sweep when.yaml", r"when=curation\.encoder=minilm: names no axis before this one"),
     ("sweep high.yaml", r"space\.curation\.caption_threshold: .*=9\.0: must lie between -1 and 1"),
     (f"{SWEEP} objectives=[{{metric:eval/meen}}]", "objectives"),

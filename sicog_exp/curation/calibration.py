@@ -23,20 +23,12 @@ from typing import Any
 import numpy as np
 
 from sicog_exp.curation.consistency import mean_similarity_scores, seeded_index
-from sicog_exp.curation.curate import (
-    BELOW_THRESHOLD,
-    DIRECT_DISAGREEMENT,
-    GROUPS,
-    NO_DIRECT_ANSWER,
-    Group,
-    Item,
-    Response,
-    group_of,
-)
 from sicog_exp.curation.diagnosis import QUALITY_NAMES, Choice, Truth, choice_of, final_of
 from sicog_exp.curation.diversity import ORDER, distinct_share, family_entropy, said
 from sicog_exp.curation.files import read_items
 from sicog_exp.curation.filters import DuplicateFilter
+from sicog_exp.curation.items import GROUPS, Group, Item, Response, group_of
+from sicog_exp.curation.selection import BELOW_THRESHOLD, DIRECT_DISAGREEMENT, NO_DIRECT_ANSWER
 from sicog_exp.curation.similarity import Encoder, lexical_similarity, words_of
 from sicog_exp.prompts import normalize_answer
 from sicog_exp.records import read_jsonl
@@ -79,6 +71,11 @@ class Judged:
     def image(self) -> str:
         return self.row["image"] or self.row["id"]
 
+    @property
+    def score(self) -> float:
+        """What the threshold is held against; a ground truth, which nobody scored, is in no pool."""
+        return float(self.row["score"])
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -108,7 +105,7 @@ class Pool:
 
     def kept_at(self, threshold: float) -> list[Judged]:
         """What this threshold would keep, all other rules being as they were."""
-        passed = [j for j in self.judged if j.eligible and j.choice.score >= threshold]
+        passed = [j for j in self.judged if j.eligible and j.score >= threshold]
         if self.near_duplicate is None:
             return passed
         seen = DuplicateFilter(self.near_duplicate)
@@ -256,8 +253,8 @@ def _scores(curated: Path) -> dict[str, dict[int, float]]:
 def _pool(group: Group, rows: Sequence[dict[str, Any]], items: Mapping[str, Item],
           scores: Mapping[str, Mapping[int, float]], truths: Mapping[str, Truth],
           summary: Mapping[str, Any]) -> Pool:  # fmt: skip
-    config, asked = summary["config"], summary["config"]["select"] != "random"
-    chosen = [row for row in rows if row["chosen"] is not None]
+    config, asked = summary["config"], summary["config"]["select"] == "best"
+    chosen = [row for row in rows if row["chosen"] is not None and row["score"] is not None]
     judged = tuple(_judged(group, row, _valid(items.get(row["id"]), scores[row["id"]]), len(scores[row["id"]]),
                            truths.get(row["id"]), config) for row in chosen)  # fmt: skip
     encoded = group == "caption" or config["reasoning_scorer"] == "similarity"
@@ -313,7 +310,7 @@ def _is_most_frequent(answer: str, answers: Iterable[str]) -> bool:
 def _eligible(group: Group, row: Mapping[str, Any], others: Sequence[Response] | None,
               config: Mapping[str, Any]) -> bool | None:  # fmt: skip
     """The rule of direct agreement was asked of no item below the threshold: there its candidates must be at hand."""
-    if group == "caption" or not config["require_direct_agreement"] or config["select"] == "random":
+    if group == "caption" or not config["require_direct_agreement"] or config["select"] != "best":
         return True
     if others is None:
         return None if row["reason"] == BELOW_THRESHOLD else row["reason"] not in (NO_DIRECT_ANSWER,
@@ -368,7 +365,7 @@ def calibrate(pool: Pool, bounds: Bounds) -> Calibration:
 def thresholds_of(pool: Pool) -> list[float]:
     """Today's threshold and the scores that occur, spread evenly over them where they are many, rounded down to four
     decimals (as a recipe takes them). Only from today's on where it is not known what a lower one would keep."""
-    scores = sorted({j.choice.score for j in pool.judged})
+    scores = sorted({j.score for j in pool.judged})
     if len(scores) > LEVELS:
         scores = [scores[i * (len(scores) - 1) // (LEVELS - 1)] for i in range(LEVELS)]
     thresholds = {math.floor(score * 1e4) / 1e4 for score in scores}
@@ -432,13 +429,13 @@ def _family(name: str, judged: Sequence[Judged], kept: Sequence[Sequence[Judged]
 
 def _bins(judged: Sequence[Judged], bounds: Bounds) -> tuple[Bin, ...]:
     """Items of known truth in at most BINS groups of like score; items of one score stay together."""
-    known = sorted((j for j in judged if j.choice.quality), key=lambda j: j.choice.score)
+    known = sorted((j for j in judged if j.choice.quality), key=lambda j: j.score)
     groups: list[list[Judged]] = []
-    for _, same in groupby(known, key=lambda j: j.choice.score):
+    for _, same in groupby(known, key=lambda j: j.score):
         if not groups or len(groups[-1]) * BINS >= len(known):
             groups.append([])
         groups[-1].extend(same)
-    found = [(fmean(j.choice.score for j in group), precision_of(group, bounds)) for group in groups]
+    found = [(fmean(j.score for j in group), precision_of(group, bounds)) for group in groups]
     return tuple(Bin(score, precision) for score, precision in found if precision)
 
 

@@ -13,13 +13,15 @@ from sicog_exp.data.mixture import ImageTensors, Mixture, RecordSource, capped
 from sicog_exp.models.loading import ModelSource, load_model, renew_projector, save_model, work_of
 from sicog_exp.prompts import COD_TURNS, KINDS, Kind, steps_of
 from sicog_exp.recipe import CapsConfig, ModelConfig, StageConfig
-from sicog_exp.records import Record, read_records, turns_conversation
+from sicog_exp.records import Record, read_jsonl, read_records, turns_conversation
 from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, StepBatches, fit
 from sicog_exp.training.modules import MultimodalPretraining, SupervisedFineTuning
 
 REVISION = 2
 SELF_SOURCES = ("self_caption", "self_cot", "self_direct")
+WEIGHTS = "weights.jsonl"
+"""Of a curation artifact whose rows are not all drawn alike: self-generated row -> how often it is drawn."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,20 @@ def caption_turns(captions: Sequence[Record]) -> Iterator[Record]:
 def build_mixture(task: TrainingTask, inputs: Mapping[str, Artifact], encoder: ChatEncoder) -> Mixture:
     """The task's rows, tokenized. Raises MixtureError when no source has one."""
     length, images = task.stage.max_length, ImageTensors(inputs["data"].path, encoder, task.max_pixels)
-    sources = [(RecordSource(source, records, images, encoder, length), task.shares[source])
-               for source, records in rows_by_source(task, inputs).items()]  # fmt: skip
+    drawn = row_weights(inputs)
+    sources = [(RecordSource(source, records, images, encoder, length, drawn if source in SELF_SOURCES else None),
+                task.shares[source]) for source, records in rows_by_source(task, inputs).items()]  # fmt: skip
     for source, _ in sources:
         if source.too_long:
             print(f"training: {len(source.too_long)} {source.name} rows are longer than {length} tokens and set aside, "
                   f"for example {source.too_long[0]}")  # fmt: skip
-    return Mixture(sources, task.seed)
+    return Mixture(sources, task.seed, {source.name: source.weights for source, _ in sources if source.weights})
+
+
+def row_weights(inputs: Mapping[str, Artifact]) -> dict[str, float]:
+    """Self-generated row -> how often it is drawn, where curation says so; empty where all are drawn alike."""
+    file = inputs["curated"] / WEIGHTS if "curated" in inputs else None
+    return {row["id"]: row["weight"] for row in read_jsonl(file)} if file and file.is_file() else {}
 
 
 class MixtureData(StageData):

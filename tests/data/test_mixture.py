@@ -113,6 +113,26 @@ def test_an_endless_source_never_repeats() -> None:
     assert [index for name, index in rows if name == "a"] == list(range(1500))
 
 
+@settings(max_examples=60, deadline=None)
+@given(weights=st.lists(st.floats(1, 4), min_size=1, max_size=40), seed=st.integers(0, 99), epoch=st.integers(0, 3))
+def test_rows_with_weights_come_as_often_as_they_weigh(weights: list[float], seed: int, epoch: int) -> None:
+    mixture = Mixture([(Numbers("a", len(weights)), 1.0)], seed, {"a": weights})
+    size = len(weights)
+    counts = Counter(index for _, index in map(mixture.locate, range(epoch * size, (epoch + 1) * size)))
+    assert counts.total() == size
+    for index, weight in enumerate(weights):
+        expected = size * weight / sum(weights)
+        assert expected - 1 - 1e-6 < counts[index] < expected + 1 + 1e-6
+
+
+def test_weights_are_those_of_their_source_alone() -> None:
+    sources = [(Numbers("a", 50), 0.5), (Numbers("b", 50), 0.5)]
+    plain, weighted = Mixture(sources, 0), Mixture(sources, 0, {"a": [1.0] * 49 + [50.0]})
+    places = [(plain.locate(slot), weighted.locate(slot)) for slot in range(100)]
+    assert all(one == other for one, other in places if one[0] == 1)
+    assert sum(other == (0, 49) for _, other in places) >= 24
+
+
 def test_empty_sources_are_left_out() -> None:
     mixture = Mixture([(Numbers("a", 0), 0.9), (Numbers("b", 4), 0.1), (Numbers("c", 4), 0.0)], 0)
     assert {row.source for row in mixture.rows(0, 100)} == {"b"}
@@ -246,6 +266,8 @@ def test_records_become_rows(chat: ChatEncoder, world_images: list[Path]) -> Non
 def test_a_row_that_is_too_long_is_set_aside_and_named(chat: ChatEncoder, world_images: list[Path]) -> None:
     root = world_images[0].parent
     records = [Record(f"r{i}", conversation("dog " * i, "yes", ("0.png",)), ("0.png",), "direct", "x") for i in (1, 90)]
-    source = RecordSource("annotated", records, ImageTensors(root, chat, 50_000_000), chat, 60)
+    weights = {"r1": 2.0, "r90": 3.0}
+    source = RecordSource("annotated", records, ImageTensors(root, chat, 50_000_000), chat, 60, weights)
     assert source.rows == 1
     assert source.too_long == ["r90"]
+    assert source.weights == [2.0], "the weights of the rows that are left"
