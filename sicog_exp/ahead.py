@@ -24,16 +24,29 @@ def check_device(model: ModelConfig) -> None:
 
 
 def check_benchmarks(recipe: Recipe) -> None:
-    """That the suite and its tasks for the recipe's split exist, and those that the stop rule decides by."""
-    from sicog_exp.evaluation.benchmarks import BenchmarkError, check_suite
+    """That the suite, its tasks for the recipe's split and what they need exist, and what the stop rule decides by."""
+    from sicog_exp.evaluation.ready import check_suite
+    from sicog_exp.evaluation.suites import BenchmarkError
 
-    check_suite(recipe.evaluation.suite, recipe.evaluation.split)
+    suite, judge = recipe.evaluation.suite, recipe.evaluation.judge
+    check_suite(suite, recipe.evaluation.split, judge)
     if recipe.stop.no_gain:
         try:
-            check_suite(recipe.evaluation.suite, "development")
+            check_suite(suite, "development", judge)
         except BenchmarkError as error:
             raise RecipeError(f"stop.no_gain=true decides by development tasks, and {error}; or leave stop.no_gain "
                               "out") from None  # fmt: skip
+
+
+def left_out(recipe: Recipe) -> str:
+    """What of the suite the run will not score, in a sentence; empty where that is nothing."""
+    from sicog_exp.evaluation.suites import load_suite
+
+    names = load_suite(recipe.evaluation.suite).judged(recipe.evaluation.split)
+    if recipe.evaluation.judge or not names:
+        return ""
+    return f"Left out of suite {recipe.evaluation.suite}: {', '.join(names)}, which a judge model scores; " \
+           "evaluation.judge=true asks for it."
 
 
 def check_encoder(recipe: Recipe) -> None:

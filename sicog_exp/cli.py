@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _curation(commands)
     _data(commands)
     _results(commands)
+    _benchmarks(commands)
     _surroundings(commands)
     return parser
 
@@ -131,6 +132,25 @@ def _results(commands: Any) -> None:
     export.add_argument("directory", metavar="DIR", type=Path, help="a new or empty folder")
 
 
+def _benchmarks(commands: Any) -> None:
+    benchmarks = commands.add_parser("benchmarks", help="list suites of benchmarks, or mirror one from local data",
+                                     description=(
+        "Says what a suite holds and needs, or points its stock lmms-eval tasks at local copies."))  # fmt: skip
+    actions = benchmarks.add_subparsers(dest="action", required=True, metavar="ACTION", help="list or mirror")
+    listing = actions.add_parser("list", help="tasks, metrics, who scores them, where the data are", description=(
+        "Lists a suite's tasks: the metric, whether a rule or a judge model scores it, local data or the hub's."))
+    listing.add_argument("suite", nargs="?", default="", help="a suite of evals/suites/, or its file (default: all)")
+    mirror = actions.add_parser("mirror", help="score a suite's stock tasks on local copies of their data",
+                                description=(
+        "Writes DIR/SUITE.yaml, in which every stock task reads its copy and is scored by the stock functions; names "
+        "the data sets that are missing, with the commands that download them."))  # fmt: skip
+    mirror.add_argument("suite", help="a suite of evals/suites/, or its file")
+    mirror.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR",
+                        help="folder of the copies, a folder per data set named as on the hub")  # fmt: skip
+    mirror.add_argument("--out", type=Path, default=Path("mirrored"), metavar="DIR",
+                        help="folder for the suite (default: %(default)s)")  # fmt: skip
+
+
 def _surroundings(commands: Any) -> None:
     """Keys, machine, tracking store."""
     keys = commands.add_parser("keys", help="list every recipe key with its type, default and meaning", description=(
@@ -176,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "curation": _sweep_curation,
                     "data": _check_data, "ablate": _ablate, "sweep": _sweep, "compare": _compare, "export": _export,
-                    "report": _report, "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
+                    "report": _report, "benchmarks": _run_benchmarks, "keys": _keys, "doctor": _doctor,
+                    "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -352,6 +373,24 @@ def _report(args: argparse.Namespace) -> int:
 
     rebuild(args.runs, args.out)
     print(f"report: {args.out}")
+    return 0
+
+
+def _run_benchmarks(args: argparse.Namespace) -> int:
+    if args.action == "list":
+        from sicog_exp.evaluation.overview import show, suite_names
+
+        show([args.suite] if args.suite else suite_names(), console())
+        return 0
+    quiet_libraries()
+    from sicog_exp.evaluation.mirror import mirror
+
+    made = mirror(args.suite, args.source, args.out)
+    for one in made.tasks:
+        print(f"{one.name}: {len(one.found)} files of {one.data}")
+    for note in made.notes:
+        print(note)
+    print(f"score it with evaluation.suite={made.suite}")
     return 0
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sicog_exp import cleandata, loop
-from sicog_exp.ahead import check_ahead
+from sicog_exp.ahead import check_ahead, left_out
 from sicog_exp.progress import Display
 from sicog_exp.recipe import Recipe, RecipeError, StageConfig
 from sicog_exp.runner import Runner
@@ -48,6 +48,8 @@ def run_experiment(recipe: Recipe, console: Console, part: Part | None = None) -
     finished = whole(store, step, recipe.name, console)
     if finished is None:
         check_ahead(recipe)
+        if unasked := left_out(recipe):
+            console.print(unasked)
         finished = store.run(step)
     elif part is None:
         mark_no_op(recipe.tracking, json.loads((finished / SUMMARY).read_text())["run_id"])

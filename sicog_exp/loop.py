@@ -204,24 +204,30 @@ def scored(runner: Runner, recipe: Recipe, index: int, model: Artifact, data: Ar
 
 def evaluate(runner: Runner, recipe: Recipe, name: str, model: Artifact, data: Artifact) -> Artifact:
     """Score a generation through lmms-eval."""
-    from sicog_exp.evaluation.benchmarks import suite_state
+    from sicog_exp.evaluation.suites import suite_state
 
-    task = EvaluationTask(recipe.evaluation, recipe.model, suite_state(recipe.evaluation.suite))
+    benchmarks = suite_state(recipe.evaluation.suite, recipe.evaluation.judge)
+    task = EvaluationTask(recipe.evaluation, recipe.model, benchmarks)
     inputs = {"model": model, "data": data}
     return runner.run(Step(name, run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
 
 
 def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+    """Score the model; a killed evaluation goes on with the answers that it had."""
     from sicog_exp.evaluation import benchmarks
+    from sicog_exp.evaluation.answers import KeptAnswers
+    from sicog_exp.evaluation.suites import load_suite
     from sicog_exp.generation.transformers_engine import TransformersEngine
 
     model = task.model
     engine = TransformersEngine.from_path(inputs["model"].path, model.generation_dtype, model.torch_device,
                                           model.trust_remote_code, threads=model.threads)  # fmt: skip
-    suite = benchmarks.load_suite(task.evaluation.suite)
-    scores = benchmarks.evaluate(engine, suite, inputs["data"].path, task.evaluation, workplace.directory,
+    suite = load_suite(task.evaluation.suite)
+    kept = KeptAnswers(engine, workplace.scratch, inputs["model"].content)
+    scores = benchmarks.evaluate(kept, suite, inputs["data"].path, task.evaluation, workplace.directory,
                                  task.evaluation.split)  # fmt: skip
-    workplace.add(samples=sum(score.n for score in scores.tasks.values()), model_seconds=engine.busy_seconds)
+    workplace.add(samples=sum(score.n for score in scores.tasks.values()),
+                  model_seconds=engine.busy_seconds + kept.kept_seconds)  # fmt: skip
 
 
 # What goes in.

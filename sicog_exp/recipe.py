@@ -400,6 +400,8 @@ class EvaluationConfig:
     """Tokens an answer may take."""
     bootstrap: int = 2000
     """Resamples of the image-clustered intervals."""
+    judge: bool = False
+    """Also score the suite's tasks that need a judge model, whose calls cost money; they are left out otherwise."""
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size", "max_new_tokens", "bootstrap")

@@ -33,8 +33,6 @@ from sicog_exp.store import Artifact, Step, Workplace
 from sicog_exp.training.stages import WEIGHTS, MixtureData, TrainingTask
 
 GROUPS = ROW_KINDS
-KEPT = ("kind", "text", "finish_reason", "logprob", "tokens")
-"""What curation gets of a candidate."""
 POOL_REVISION = 1
 CURATION_REVISION = 4
 EMBEDDING_REVISION = 1
@@ -123,7 +121,8 @@ def pool_rows(unlabeled: Iterable[Record], pools: Sequence[Artifact]) -> Iterato
     known = RecordsById(unlabeled)
     for sample_id, candidates in PoolIndex([pool / "candidates.jsonl" for pool in pools]):
         record = known[sample_id]
-        texts = [{name: row[name] for name in KEPT} for row in candidates]
+        kept = ("kind", "text", "finish_reason", "logprob", "tokens")
+        texts = [{name: row[name] for name in kept} for row in candidates]
         question = question_of(record.kind, words_of(record.prompt[-1]))
         family = {"family": record.family} if record.family else {}
         yield {"id": sample_id, "kind": group_of(record.kind), "prompt": question,
@@ -200,19 +199,20 @@ def curate(task: CurationTask, inputs: Mapping[str, Artifact], workplace: Workpl
     encoder = stored_encoder(task.curation.encoder, embeddings)
     judge = upper_bound(task.curation, read_truth(data.path)) if task.curation.is_upper_bound else None
     summary = curate_file(folder / "pool.jsonl", folder, task.curation, encoder, judge)
-    write_records(folder / "self.parquet", (record for _, record in _kept(folder, unlabeled)))
+    write_records(folder / "self.parquet", (record for record, _ in weighted_rows(folder, unlabeled)))
     if task.curation.disagreement_weight > 1 and task.curation.select == "best":
-        weights = ({"id": record.id, "weight": row["weight"]} for row, record in _kept(folder, unlabeled))
+        weights = ({"id": record.id, "weight": weight} for record, weight in weighted_rows(folder, unlabeled))
         write_jsonl(folder / WEIGHTS, weights)
     workplace.add(samples=items, kept=summary["kept"])
 
 
-def _kept(folder: Path, unlabeled: RecordFile) -> Iterator[tuple[Mapping, Record]]:
-    """The rows of `curated.jsonl` that are kept, each with every training row that it makes."""
+def weighted_rows(curated: Path, unlabeled: Iterable[Record]) -> Iterator[tuple[Record, float | None]]:
+    """The training rows of the kept items with the weight that curation gave them, in the items' order."""
     known = RecordsById(unlabeled)
-    for row in read_jsonl(folder / "curated.jsonl"):
+    for row in read_jsonl(curated / "curated.jsonl"):
         if row["kept"]:
-            yield from ((row, record) for record in training_rows(row, known[row["id"]].images))
+            for record in training_rows(row, known[row["id"]].images):
+                yield record, row.get("weight")
 
 
 def curate_pools(name: str, curation: CurationConfig, data: Artifact, pools: Sequence[Artifact],

@@ -169,9 +169,11 @@ class Steps:
     def __init__(self, store: Path, stop: Callable[[str, int], None] = lambda name, done: None) -> None:
         self.store, self.generation, self.stop = Store(store), 0, stop
         self.made: dict[str, Artifact] = {}
+        self.done: list[tuple[int, Artifact]] = []
 
     def run(self, step: Step) -> Artifact:
         artifact = self.store.run(step, lambda done, total: self.stop(step.name, done))
+        self.done.append((self.generation, artifact))
         self.made[f"G{self.generation} {step.name}"] = artifact
         return artifact
 
