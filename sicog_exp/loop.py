@@ -17,6 +17,7 @@ from sicog_exp.store import Artifact, Step, Workplace, file_checksum
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """What makes up a model: weights, configuration, tokenizer and processor; a card can be edited freely."""
+ALIGN_SHARES = {"annotated": 0.5, "instruction": 0.5}
 DATA_REVISION = 1
 EVALUATION_REVISION = 1
 
@@ -84,8 +85,7 @@ def develop(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> 
 
 def align(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> Artifact:
     """Fit the projector to captions (paper.md, stage 1)."""
-    shares = {"annotated": 0.5, "instruction": 0.5}
-    return fine_tune(runner, recipe, "align", recipe.align, model, data, shares, GROUPS["caption"])
+    return fine_tune(runner, recipe, "align", recipe.align, model, data, ALIGN_SHARES, GROUPS["caption"])
 
 
 def pretrain(runner: Runner, recipe: Recipe, self_data: SelfDataModule) -> Artifact:
@@ -168,6 +168,7 @@ def evaluate(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) ->
 def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     from sicog_exp.evaluation import benchmarks
     from sicog_exp.generation.transformers_engine import TransformersEngine
+    from sicog_exp.models.loading import work_of
 
     model = task.model
     engine = TransformersEngine.from_path(inputs["model"].path, model.generation_dtype, model.torch_device,
@@ -175,7 +176,9 @@ def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workpla
     suite = benchmarks.load_suite(task.evaluation.suite)
     scores = benchmarks.evaluate(engine, suite, inputs["data"].path, task.evaluation, workplace.directory,
                                  task.evaluation.split)  # fmt: skip
-    workplace.add(samples=sum(score.n for score in scores.tasks.values()), model_seconds=engine.busy_seconds)
+    workplace.device = model.device_name
+    workplace.add(samples=sum(score.n for score in scores.tasks.values()), model_seconds=engine.busy_seconds,
+                  **work_of(engine.model).of_sampling(engine.counted))  # fmt: skip
 
 
 # What goes in.

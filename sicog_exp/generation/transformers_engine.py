@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,7 +57,8 @@ class TransformersEngine:
 
     On a CPU, `threads` batches are computed side by side, a core each: 1.47 times one core's rate for chains
     at the embedded size, where both cores on each batch reach 0.88 (benchmarks/2026-11-24-cores.md). Candidates' bits
-    do not depend on `threads`. `busy_seconds` is the time for which callers waited.
+    do not depend on `threads`. `busy_seconds` is the time for which callers waited, `counted` what was computed for
+    them: prompt_tokens, image_tokens and encoded_tokens (see `Sampled`), new_tokens.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, device: str | torch.device = "cpu",
@@ -68,6 +69,7 @@ class TransformersEngine:
         self.tokenizer = self.encoder.tokenizer
         self.stops = torch.tensor(sorted(_stop_ids(model, self.tokenizer)), device=self.device)
         self.busy_seconds = 0.0
+        self.counted: Counter[str] = Counter()
         self._max_pixels = max_pixels
         self._threads = threads if self.device.type == "cpu" else 1
         self._lengths: dict[tuple[Message, ...], int] = {}
@@ -101,8 +103,17 @@ class TransformersEngine:
             candidates = self._candidates(prepared, drawn)
             seconds = time.perf_counter() - started
             self.busy_seconds += seconds
-            yield Sampled(candidates, sum(map(len, prepared.inputs.ids)), seconds)
+            prompt, image, encoded = self._count(prepared.inputs, sum(c.tokens for c in candidates))
+            yield Sampled(candidates, prompt, seconds, image, encoded)
             started = time.perf_counter()
+
+    def _count(self, inputs: _Inputs, new_tokens: int) -> tuple[int, int, int]:
+        """(prompt, image, encoded) tokens of a batch, which are added to what this engine has computed."""
+        marks = self.encoder.processor.image_token_id
+        prompt, image = sum(map(len, inputs.ids)), sum(ids.count(marks) for ids in inputs.ids)
+        encoded = image if inputs.pixels is None else image * len(inputs.pixels) // len(inputs.shown)
+        self.counted.update(prompt_tokens=prompt, image_tokens=image, encoded_tokens=encoded, new_tokens=new_tokens)
+        return prompt, image, encoded
 
     def _in_order(self, ready: Iterator[_Prepared]) -> Iterator[tuple[_Prepared, Drawn]]:
         """Computes some batches at once while the next one is prepared."""
@@ -124,11 +135,13 @@ class TransformersEngine:
         targets = [self.tokenizer.encode(text, add_special_tokens=False) for text in continuations]
         lengths = [self._prompt_length(request) + len(t) for request, t in zip(requests, targets, strict=True)]
         order = sorted(range(len(requests)), key=lambda i: lengths[i])
+        started = time.perf_counter()
         results: dict[int, tuple[float, int, bool]] = {}
         for start in range(0, len(order), LIKELIHOOD_BATCH):
             part = order[start : start + LIKELIHOOD_BATCH]
             scored = self._score([requests[i] for i in part], [targets[i] for i in part])
             results.update(zip(part, scored, strict=True))
+        self.busy_seconds += time.perf_counter() - started
         return [results[i] for i in range(len(requests))]
 
     def _prompt_length(self, request: Request) -> int:
@@ -167,6 +180,7 @@ class TransformersEngine:
 
     def _score(self, batch: Sequence[Request], targets: Sequence[list[int]]) -> list[tuple[float, int, bool]]:
         inputs = self._inputs(batch)
+        self._count(inputs, sum(map(len, targets)))
         inputs.ids = [ids + target for ids, target in zip(inputs.ids, targets, strict=True)]
         ids, mask = self._padded(inputs.ids)
         longest = max(map(len, targets))

@@ -19,6 +19,7 @@ from sicog_exp.curation.curate import Group
 from sicog_exp.curation.diversity import Diversity
 from sicog_exp.prompts import KINDS, final_text
 from sicog_exp.reporting import charts
+from sicog_exp.reporting.costs import Cost, CostRow, cumulative
 
 DATA = "report.json"
 """The file that keeps what a report was drawn from."""
@@ -119,29 +120,6 @@ class Curation:
     groups: tuple[CurationGroup, ...]
     set_aside: tuple[tuple[str, int], ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class CostRow:
-    """One step. `cached`: the figures are those of the earlier run that made it."""
-
-    generation: int
-    stage: str
-    seconds: float
-    samples: int | None = None
-    tokens: int | None = None
-    flops: float | None = None
-    peak_mb: float | None = None
-    cached: bool = False
-
-
-@dataclass(frozen=True)
-class Cost:
-    """`orchestration_share`: the share of wall time that was not model compute."""
-
-    rows: tuple[CostRow, ...]
-    orchestration_share: float | None = None
-    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -285,6 +263,7 @@ def _view(data: ReportData) -> dict[str, Any]:
         "families": [_families(data, *key) for key in _keys(data, with_families=True)],
         "curation": [(one, [_curation_charts(one, group) for group in one.groups]) for one in data.curation],
         "cost": cost_view(data.cost),
+        "compute": [(task, safe(svg)) for task in _tasks(data) if (svg := _compute_curve(data, task))],
         "samples": [_sample(sample) for sample in samples],
         "left_out": len(data.gallery) - len(samples),
         "questions_left_out": len(data.questions) - len(questions),
@@ -391,7 +370,7 @@ def si(value: float | None) -> str:
     """1.2 M for 1,234,567; a dash for None."""
     if value is None:
         return "\N{EN DASH}"
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for factor, prefix in charts.PREFIXES:
         if abs(value) >= factor:
             return f"{value / factor:.1f} {prefix}"
     return f"{value:,.0f}"
@@ -490,15 +469,11 @@ def cost_view(cost: Cost | None) -> dict[str, Any] | None:
         return None
     generations = list(dict.fromkeys(row.generation for row in cost.rows))
     bars = [(f"G{g}", [(row.stage, row.seconds) for row in cost.rows if row.generation == g]) for g in generations]
-    total = CostRow(
-        -1,
-        "total",
-        sum(row.seconds for row in cost.rows),
-        _sum(cost, "samples"),
-        _sum(cost, "tokens"),
-        _sum(cost, "flops"),
-        max((r.peak_mb for r in cost.rows if r.peak_mb is not None), default=None),
-    )
+    summed = ("samples", "tokens", "flops", "prompt_tokens", "image_tokens", "new_tokens")
+    peaks = {name: max((value for row in cost.rows if (value := getattr(row, name)) is not None), default=None)
+             for name in ("peak_mb", "peak_gpu_mb")}  # fmt: skip
+    total = CostRow(-1, "total", sum(row.seconds for row in cost.rows), **{name: _sum(cost, name) for name in summed},
+                    **peaks)  # fmt: skip
     return {
         "svg": safe(charts.cost_bars(bars, "Wall time per generation by stage")),
         "rows": cost.rows,
@@ -506,6 +481,20 @@ def cost_view(cost: Cost | None) -> dict[str, Any] | None:
         "share": cost.orchestration_share,
         "device": cost.device,
     }
+
+
+def _compute_curve(data: ReportData, task: str) -> str:
+    """Accuracy against what each generation took to make; nothing where no FLOPs were counted."""
+    spent = {step.generation: step for step in cumulative(data.cost.rows)} if data.cost else {}
+    known = [generation for generation in data.generations if spent.get(generation.index)]
+    if len(known) < 2 or not all(spent[generation.index].flops for generation in known):
+        return ""
+    lines = []
+    for answer_format in [f for name, f in _keys(data) if name == task]:
+        points = [(g.index, spent[g.index].flops, spent[g.index].trained, mark) for g in known
+                  if (mark := mark_of(score_of(g, task, answer_format)))]  # fmt: skip
+        lines += [charts.ComputeLine(format_name(answer_format), tuple(points))] if points else []
+    return charts.compute_curve(lines, f"Score on {task} against compute") if lines else ""
 
 
 def _sum(cost: Cost, name: str) -> Any:

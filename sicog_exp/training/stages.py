@@ -90,9 +90,11 @@ def pretrain(data: MixtureData, workplace: Workplace) -> None:
 def _train(kind: type[SupervisedFineTuning], data: MixtureData, workplace: Workplace) -> None:
     task = data.task
     model, data.processor = load_model(ModelSource(str(data.inputs["model"].path), task.model.trust_remote_code))
-    fit(kind(model, task.stage), data, task.model, workplace, task.seed, step_logger(workplace))
-    facts = workplace.facts
-    workplace.add(flops=work_of(model).flops(int(facts["tokens"]), int(facts["image_tokens"]), training=True))
+    module = kind(model, task.stage)
+    fit(module, data, task.model, workplace, task.seed, step_logger(workplace))
+    trained = [part for part, rate in module.rates.items() if rate > 0]
+    tokens, image, new = (workplace.facts[name] for name in ("tokens", "image_tokens", "new_tokens"))
+    workplace.add(flops=work_of(model).training(tokens, image, new, trained))
     save_model(model, data.processor, workplace.directory)
 
 

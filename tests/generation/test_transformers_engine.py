@@ -234,6 +234,8 @@ def test_defect_n_candidates_from_one_prefill(engine, world_images):
     assert len(prefills) == 1
     assert prefills[0][0] == 12
     assert 0 < sampled.prompt_tokens <= prefills[0].numel()
+    per_image = engine.model.config.image_seq_length
+    assert (sampled.image_tokens, sampled.encoded_tokens) == (12 * per_image, 3 * per_image)
 
 
 def test_several_stop_tokens(engine, requests_36, monkeypatch):
