@@ -54,6 +54,8 @@ OFFERS = [
     ("sicog curate --out DIR cur", {"curation.encoder="}, set()),
     ("sicog keys curation.enc", {"curation.encoder"}, set()),
     ("sicog evidence --se", {"--seeds"}, set()),
+    ("sicog plan --dev", {"--device", "--devices"}, {"--json"}),
+    ("sicog plan experiments/plans/paper_lowres.yaml plan.sh", {"plan.shape="}, {"plan.cod_tokens="}),
 ]  # fmt: skip
 
 

@@ -44,6 +44,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Questions of a benchmark, and about how many pictures."""
+
+    questions: float
+    pictures: float
+
+
+@dataclass(frozen=True)
 class Contents:
     """A data set on paper. `asked`: the prompts of sampling and evaluation; `notes` say what was measured on what."""
 
@@ -54,8 +62,7 @@ class Contents:
     captions: float
     """Unlabeled images to describe."""
     questions: float
-    splits: Mapping[str, float]
-    """Rows of `benchmark` and `development`."""
+    splits: Mapping[str, Held]
     pictures: float
     picture_bytes: float
     notes: tuple[str, ...] = ()
@@ -68,7 +75,7 @@ class _Sample:
     root: Path
     records: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))
     counts: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
-    pictures: float = 0.0
+    pictures: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def count(self, split: str, kinds: Iterable[str] = KINDS) -> float:
         return sum(self.counts[split, kind] for kind in kinds)
@@ -138,8 +145,8 @@ def _measured(sample: _Sample, ruler: Ruler, image_tokens: int) -> Contents:
         annotated, _rows(sample, ruler, "instruction", seen), max(texts, key=lambda rows: rows.count),
         _asked(sample, ruler, annotated, image_tokens), sample.count("unlabeled", CAPTION_KINDS),
         sample.count("unlabeled", REASONING_KINDS),
-        {split: sample.count(split) for split in ("benchmark", "development")}, sample.pictures,
-        mean(files), (note,))  # fmt: skip
+        {split: Held(sample.count(split), sample.pictures[split]) for split in ("benchmark", "development")},
+        sum(sample.pictures.values()), mean(files), (note,))  # fmt: skip
 
 
 def _rows(sample: _Sample, ruler: Ruler, split: str, kinds: Sequence[str]) -> Rows:
@@ -181,7 +188,7 @@ def _built(config: DataConfig, folder: Path) -> _Sample:
         sample.records[split] = read_records(folder / f"{split}.parquet")
         for kind, number in Counter(record.kind for record in sample.records[split]).items():
             sample.counts[split, kind] = number * factor
-        sample.pictures += getattr(config, name)
+        sample.pictures[split] = getattr(config, name)
     return sample
 
 
@@ -199,8 +206,10 @@ def _own(config: DataConfig, folder: Path) -> _Sample:
     shown = sample.count("annotated", [kind for kind in KINDS if kind != "text"])
     for split in missing:
         sample.counts[split, "direct"] = config.holdout * shown
+        sample.pictures[split] = config.holdout * sample.pictures["annotated"]
     for kind in (kind for kind in KINDS if kind != "text"):
         sample.counts["annotated", kind] *= 1 - config.holdout * len(missing)
+    sample.pictures["annotated"] *= 1 - config.holdout * len(missing)
     _read_unlabeled(Path(str(config.unlabeled)).expanduser(), config, sample, pictures)
     return sample
 
@@ -221,7 +230,7 @@ def _read_annotated(path: Path, split: str, config: DataConfig, sample: _Sample,
                 sample.records[split].append(make_record(row, _root(config, path), pictures, split))
         except BadRow:
             continue
-    sample.pictures += len(named)
+    sample.pictures[split] += len(named)
 
 
 def _read_unlabeled(path: Path, config: DataConfig, sample: _Sample, pictures: ImageFolder) -> None:
@@ -230,7 +239,7 @@ def _read_unlabeled(path: Path, config: DataConfig, sample: _Sample, pictures: I
     kept = set(names)
     questions = [(name, text) for name, text in asked if text and name in kept]
     sample.counts["unlabeled", "cod"], sample.counts["unlabeled", "cot"] = len(names), len(questions)
-    sample.pictures += len(names)
+    sample.pictures["unlabeled"] += len(names)
     root = path if path.is_dir() else _root(config, path)
     wanted: tuple[tuple[Kind, list], ...] = (("cod", [(name, "") for name in names]), ("cot", questions))
     for kind, rows in wanted:
@@ -272,7 +281,8 @@ def _assumed(config: DataConfig, image_tokens: int) -> Contents:
     per_image, images = config.questions_per_image, config.annotated_images
     annotated: dict[Kind, Rows] = {kind: _assumed_rows(kind, image_tokens, images) for kind in CAPTION_KINDS}
     annotated |= {kind: _assumed_rows(kind, image_tokens, images * per_image) for kind in REASONING_KINDS}
-    splits = {"benchmark": config.benchmark_images * per_image, "development": config.development_images * per_image}
+    splits = {split: Held(number * per_image, number) for split, number in
+              (("benchmark", config.benchmark_images), ("development", config.development_images))}  # fmt: skip
     note = (f"the data ({config.annotated}, {config.unlabeled}) are not at hand: rows by data.annotated_images, "
             f"data.unlabeled_images, data.instruction_images and data.questions_per_image, {PICTURE_BYTES:,} bytes a "
             "picture, tokens by plan.*_tokens")  # fmt: skip
@@ -294,12 +304,13 @@ def _given(recipe: Recipe, found: Contents) -> Contents:
 
     annotated = {kind: said(kind, one) for kind, one in found.annotated.items()}
     instruction, text = said("instruction", found.instruction), said("text", found.text)
-    named = {**annotated, "instruction": instruction, "text only": text}
+    named: dict[str, Rows] = {**annotated, "instruction": instruction, "text only": text}
     lengths = [f"{name} rows: {one.new():.0f} tokens a response, {one.text:.0f} of text and {one.image:.0f} of images "
                "a prompt" for name, one in named.items() if one.count]  # fmt: skip
     said_instead = [f"plan.{name}={value}" for name, value in vars(plan).items() if value is not None]
+    lengths += [f"given, not measured: {', '.join(said_instead)}"] if said_instead else []
     return replace(
         found, annotated=annotated, instruction=instruction, text=text,
         asked={kind: said(kind, one) for kind, one in found.asked.items()},
         questions=plan.unlabeled_questions or found.questions,
-        notes=(*found.notes, *lengths, *said_instead))  # fmt: skip
+        notes=(*found.notes, *lengths))  # fmt: skip

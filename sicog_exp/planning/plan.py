@@ -28,9 +28,9 @@ LOGIT_COPIES = 3
 """Of a predicted token's logits in float32: themselves, their softmax, their gradient."""
 SAVED_BYTES = 4
 """Of a weight in a saved model: float32, in which stages load it."""
-POOL_BYTES, TOKEN_BYTES, POOL_COPIES = 250, 4, 3
+POOL_BYTES, TOKEN_BYTES, POOL_COPIES = 300, 4, 1.5
 """Of a candidate besides its text, of a token's text, and the files of the pool and of curation that hold them."""
-SCORED_BYTES = 1500
+SCORED_BYTES = 350
 """Of a benchmark question's result in all files of an evaluation."""
 
 
@@ -286,11 +286,15 @@ class _Planner:
         candidates = items * sum(counts.values())
         longest = max(asked[kind].text + asked[kind].image for kind in counts) + sampling.max_new_tokens
         memory = self._sampling_memory(sampling.batch_size * max(counts.values()), longest)
-        return self._sampling(PlannedStep(g, f"generate-{group}", candidates, prompt, image, new, memory=memory,
-                                          disk=POOL_BYTES * candidates + TOKEN_BYTES * new))  # fmt: skip
+        requests = items * len(counts)
+        share = encoded_share(requests, requests / max(self.contents.captions, 1.0), sampling.batch_size)
+        step = PlannedStep(g, f"generate-{group}", candidates, prompt, image, new, memory=memory,
+                           disk=POOL_BYTES * candidates + TOKEN_BYTES * new)  # fmt: skip
+        return self._sampling(step, share * image)
 
-    def _sampling(self, step: PlannedStep) -> PlannedStep:
-        read = self.shape.work.sampling(step.prompt_tokens, step.image_tokens, 0)
+    def _sampling(self, step: PlannedStep, encoded: float) -> PlannedStep:
+        """With its FLOPs and hours; `encoded`: image tokens that the vision tower makes."""
+        read = self.shape.work.sampling(step.prompt_tokens, encoded, 0)
         drawn = self.shape.work.sampling(0, 0, step.new_tokens)
         return replace(step, flops=read + drawn, hours=self.price.hours(read, drawn))
 
@@ -323,9 +327,11 @@ class _Planner:
         prompt = image + sum(task.questions * asked[task.kind].text for task in self.tasks)
         new = sum(task.questions * asked[task.kind].new(self._limit(task)) for task in self.tasks)
         longest = max(asked[task.kind].text + asked[task.kind].image + self._limit(task) for task in self.tasks)
-        return self._sampling(PlannedStep(g, "evaluate", questions, prompt, image, new,
-                                          memory=self._sampling_memory(config.batch_size, longest),
-                                          disk=SCORED_BYTES * questions))  # fmt: skip
+        shares = [encoded_share(task.questions, task.per_picture, config.batch_size) for task in self.tasks]
+        encoded = sum(share * task.questions * asked[task.kind].image for share, task in zip(shares, self.tasks))
+        step = PlannedStep(g, "evaluate", questions, prompt, image, new, disk=SCORED_BYTES * questions,
+                           memory=self._sampling_memory(config.batch_size, longest))  # fmt: skip
+        return self._sampling(step, encoded)
 
     def _limit(self, task: Asked) -> int:
         return min(task.max_new_tokens or self.recipe.evaluation.max_new_tokens, self.recipe.evaluation.max_new_tokens)
@@ -353,6 +359,17 @@ class _Planner:
                "2022), no recomputation; key/value caches at full length; no libraries")  # fmt: skip
         if recipe.curation.encoder != "lexical" and not self._encoder_parameters():
             yield f"curation.encoder={recipe.curation.encoder} is not at hand: its compute is left out"
+
+
+def encoded_share(requests: float, per_picture: float, batch: int) -> float:
+    """Of the pictures that requests show, the share that is encoded: once a batch for all prompts that show it.
+
+    Requests about one picture fall into batches at random: they are sorted by length.
+    """
+    if not requests or per_picture <= 1:
+        return 1.0
+    taken = min(batch / requests, 1.0)
+    return (1 - (1 - taken) ** per_picture) / (per_picture * taken)
 
 
 def _mixed(rows: list[tuple[Rows, float]]) -> tuple[float, float, float] | None:

@@ -469,11 +469,19 @@ def cost_view(cost: Cost | None) -> dict[str, Any] | None:
         return None
     generations = list(dict.fromkeys(row.generation for row in cost.rows))
     bars = [(f"G{g}", [(row.stage, row.seconds) for row in cost.rows if row.generation == g]) for g in generations]
-    summed = ("samples", "tokens", "flops", "prompt_tokens", "image_tokens", "new_tokens")
-    peaks = {name: max((value for row in cost.rows if (value := getattr(row, name)) is not None), default=None)
-             for name in ("peak_mb", "peak_gpu_mb")}  # fmt: skip
-    total = CostRow(-1, "total", sum(row.seconds for row in cost.rows), **{name: _sum(cost, name) for name in summed},
-                    **peaks)  # fmt: skip
+    total = CostRow(
+        -1,
+        "total",
+        sum(row.seconds for row in cost.rows),
+        _sum(cost, "samples"),
+        _sum(cost, "tokens"),
+        _sum(cost, "flops"),
+        _most(cost, "peak_mb"),
+        prompt_tokens=_sum(cost, "prompt_tokens"),
+        image_tokens=_sum(cost, "image_tokens"),
+        new_tokens=_sum(cost, "new_tokens"),
+        peak_gpu_mb=_most(cost, "peak_gpu_mb"),
+    )
     return {
         "svg": safe(charts.cost_bars(bars, "Wall time per generation by stage")),
         "rows": cost.rows,
@@ -486,8 +494,8 @@ def cost_view(cost: Cost | None) -> dict[str, Any] | None:
 def _compute_curve(data: ReportData, task: str) -> str:
     """Accuracy against what each generation took to make; nothing where no FLOPs were counted."""
     spent = {step.generation: step for step in cumulative(data.cost.rows)} if data.cost else {}
-    known = [generation for generation in data.generations if spent.get(generation.index)]
-    if len(known) < 2 or not all(spent[generation.index].flops for generation in known):
+    known = [generation for generation in data.generations if generation.index in spent]
+    if len(known) < 2 or not spent[known[-1].index].flops:
         return ""
     lines = []
     for answer_format in [f for name, f in _keys(data) if name == task]:
@@ -498,8 +506,16 @@ def _compute_curve(data: ReportData, task: str) -> str:
 
 
 def _sum(cost: Cost, name: str) -> Any:
-    known = [value for row in cost.rows if (value := getattr(row, name)) is not None]
+    known = _known(cost, name)
     return sum(known) if known else None
+
+
+def _most(cost: Cost, name: str) -> float | None:
+    return max(_known(cost, name), default=None)
+
+
+def _known(cost: Cost, name: str) -> list[Any]:
+    return [value for row in cost.rows if (value := getattr(row, name)) is not None]
 
 
 # The gallery.
