@@ -304,7 +304,7 @@ def _given(recipe: Recipe, found: Contents) -> Contents:
 
     annotated = {kind: said(kind, one) for kind, one in found.annotated.items()}
     instruction, text = said("instruction", found.instruction), said("text", found.text)
-    named: dict[str, Rows] = {**annotated, "instruction": instruction, "text only": text}
+    named: dict[Any, Rows] = {**annotated, "instruction": instruction, "text only": text}
     lengths = [f"{name} rows: {one.new():.0f} tokens a response, {one.text:.0f} of text and {one.image:.0f} of images "
                "a prompt" for name, one in named.items() if one.count]  # fmt: skip
     said_instead = [f"plan.{name}={value}" for name, value in vars(plan).items() if value is not None]
