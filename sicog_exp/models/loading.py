@@ -173,10 +173,12 @@ def work_of(model: PreTrainedModel) -> Work:
 def positions_per_image_token(config: Any) -> float:
     """How many positions of the vision tower a projector joins to one token (1 for LLaVA's)."""
     vision, per_image = getattr(config, "vision_config", None), image_tokens_of(config)
+    joined = getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None)
+    joined = joined or 1 / getattr(config, "downsample_ratio", 1)
     size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
-    if per_image and isinstance(size, int) and isinstance(patch, int):
+    if joined == 1 and per_image and isinstance(size, int) and isinstance(patch, int):
         return (size // patch) ** 2 / per_image
-    return float(getattr(config, "scale_factor", 1) ** 2)
+    return float(joined**2)
 
 
 def image_tokens_of(config: Any) -> int | None:

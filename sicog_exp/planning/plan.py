@@ -138,7 +138,7 @@ def base_of(recipe: Recipe) -> tuple[Shape, ChatEncoder | None]:
     shape = replace(read_shape(name, trust), name=recipe.model.base)
     try:
         return shape, ChatEncoder(AutoProcessor.from_pretrained(name, trust_remote_code=trust))
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, ImportError):
         return shape, None
 
 

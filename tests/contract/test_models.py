@@ -23,6 +23,7 @@ from sicog_exp.models.loading import (
     load_model,
     part_modules,
     part_parameters,
+    positions_per_image_token,
     resolve_base,
     save_model,
     work_of,
@@ -119,6 +120,17 @@ def test_work_counts_each_multiplying_parameter(tiny_model: Path) -> None:
     body = 10 * work.language + 4 * (work.vision + work.projector)
     assert work.sampling(7, 4, 3) == 2 * (body + 3 * work.head)
     assert work.training(10, 4, 3) == 3 * work.sampling(7, 4, 3)
+
+
+def test_positions_behind_an_image_token() -> None:
+    from types import SimpleNamespace as Config
+
+    tower = Config(image_size=896, patch_size=14)
+    assert positions_per_image_token(Config(vision_config=tower, mm_tokens_per_image=256)) == 16  # Gemma 3
+    assert positions_per_image_token(Config(vision_config=Config(spatial_merge_size=2))) == 4  # Qwen-VL
+    assert positions_per_image_token(Config(vision_config=tower, scale_factor=3)) == 9  # SmolVLM
+    many = Config(vision_config=Config(image_size=[448, 448], patch_size=[14, 14]), image_seq_length=256)
+    assert positions_per_image_token(Config(**vars(many), downsample_ratio=0.5)) == 4  # InternVL
 
 
 TRAINED = [("vision", "projector", "language"), ("projector",), ("language",), ("projector", "language")]
