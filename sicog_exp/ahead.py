@@ -24,10 +24,16 @@ def check_device(model: ModelConfig) -> None:
 
 
 def check_benchmarks(recipe: Recipe) -> None:
-    """That the suite and its tasks for the recipe's split exist."""
-    from sicog_exp.evaluation.benchmarks import check_suite
+    """That the suite and its tasks for the recipe's split exist, and those that the stop rule decides by."""
+    from sicog_exp.evaluation.benchmarks import BenchmarkError, check_suite
 
     check_suite(recipe.evaluation.suite, recipe.evaluation.split)
+    if recipe.stop.no_gain:
+        try:
+            check_suite(recipe.evaluation.suite, "development")
+        except BenchmarkError as error:
+            raise RecipeError(f"stop.no_gain=true decides by development tasks, and {error}; or leave stop.no_gain "
+                              "out") from None  # fmt: skip
 
 
 def check_encoder(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RECIPE = "experiments/embedded.yaml"
 DEFAULT_STUDY = "experiments/sweeps/tau_and_mix.yaml"
+DEFAULT_ABLATION = "experiments/ablations/paper.yaml"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,12 +42,13 @@ def _runs(commands: Any) -> None:
     base = _add(commands, "base", "experiments/base.yaml", "train the embedded base model again",
                 "Trains the embedded base from nothing and writes it to --publish.")  # fmt: skip
     base.add_argument("--publish", type=Path, help="folder for the finished model (default: none)")
-    evidence = _add(commands, "evidence", "experiments/evidence.yaml",
-                    "compare curated, random and annotated-only arms over seeds",
-                    "Runs three arms of a recipe over several seeds in one store and writes their pooled paired "
-                    "differences.")  # fmt: skip
-    evidence.add_argument("--seeds", type=_seeds, default="0,1,2", help="comma-separated (default: %(default)s)")
-    evidence.add_argument("--out", type=Path, default=Path("evidence.json"), help="result file (default: %(default)s)")
+    ablate = _add(commands, "ablate", DEFAULT_ABLATION, "compare arms of a recipe over seeds, at counted compute",
+                  "Runs the arms that a study lists over its seeds in one store, continues them where they were "
+                  "killed, and shows their pooled paired differences and FLOPs; a finished one is a no-op that shows "
+                  "its result.", "study", "iterations=2, or of its recipe")  # fmt: skip
+    ablate.add_argument("--seeds", type=_seeds, help="comma-separated, such as 0,1,2 (default: the study's)")
+    ablate.add_argument("--out", type=Path, metavar="FILE.json", help="copy the result there, its plot, page and "
+                        "tables beside it (default: no copy)")  # fmt: skip
     _add(commands, "sweep", DEFAULT_STUDY, "search a recipe's keys with Optuna",
          "Searches the keys that a study declares, on the development split; scores the winner on the benchmark. "
          "Run it again to continue, or elsewhere at the same time to help.", "study", "trials=20")  # fmt: skip
@@ -80,6 +82,20 @@ def _curation(commands: Any) -> None:
     curate.add_argument("--candidates", type=Path, required=True, help="JSONL file of rows with candidates")
     curate.add_argument("--out", type=Path, required=True, help="folder for the results")
     curate.add_argument("overrides", nargs="*", help="such as curation.encoder=minilm curation.caption_threshold=0.9")
+
+
+    sweep = commands.add_parser("curation", help="move the thresholds of a finished pool after the fact", description=(
+        "Keep rate, precision where the truth is known, variety and length of what every threshold would keep, from "
+        "one pool: nothing is sampled or embedded again. Prints a table and writes a page."))  # fmt: skip
+    sweep.add_argument("run", metavar="RUN", help="id of an MLflow run, the name of one experiment, or a folder that "
+                       "curation wrote (STORE/curate-..., or --out of `sicog curate`)")  # fmt: skip
+    sweep.add_argument("--out", type=Path, default=Path("curation.html"), help="HTML file (default: %(default)s)")
+    sweep.add_argument("--json", action="store_true", help="print JSON; shares are fractions")
+    sweep.add_argument("--encoder", default="", help="compare another encoder, such as minilm, on items drawn from the "
+                       "pool")  # fmt: skip
+    sweep.add_argument("--candidates", type=Path, help="file that `sicog curate` read (default: the store's own pool)")
+    sweep.add_argument("--truth", type=Path, help="JSONL of {id, answer or description, family} (default: the data "
+                       "set's own)")  # fmt: skip
 
 
 def _results(commands: Any) -> None:
@@ -158,9 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(parser, arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        commands = {"iterate": _iterate, "base": _base, "curate": _curate, "evidence": _evidence, "sweep": _sweep,
-                    "compare": _compare, "export": _export, "report": _report, "plan": _plan,
-                    "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
+        commands = {"iterate": _iterate, "base": _base, "curate": _curate, "curation": _sweep_curation,
+                    "ablate": _ablate, "sweep": _sweep, "compare": _compare, "export": _export, "report": _report,
+                    "plan": _plan, "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -191,12 +207,12 @@ def _is_for_users(error: Exception) -> bool:
     return type(error).__module__.startswith("sicog_exp.")
 
 
-def _overrides(args: argparse.Namespace, default: str = DEFAULT_RECIPE) -> tuple[str, list[str]]:
-    """The recipe's path and all overrides; `sicog iterate a.b=1` means the default recipe."""
-    given = [*args.overrides, *_split(args.more)]
-    if "=" in args.recipe:
-        return default, [args.recipe, *given]
-    return args.recipe, given
+def _overrides(args: argparse.Namespace, default: str = DEFAULT_RECIPE, file: str = "") -> tuple[str, list[str]]:
+    """The path of the recipe (or of `file`) and all overrides; `sicog iterate a.b=1` means the default one."""
+    given, path = [*args.overrides, *_split(args.more)], file or args.recipe
+    if "=" in path:
+        return default, [path, *given]
+    return path, given
 
 
 def _split(text: str) -> list[str]:
@@ -265,14 +281,29 @@ def _curate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evidence(args: argparse.Namespace) -> int:
-    from sicog_exp.recipe import load
+def _sweep_curation(args: argparse.Namespace) -> int:
+    if args.encoder or not Path(args.run).is_dir():
+        quiet_libraries()
+    from sicog_exp.reporting import curation_page
 
-    recipe = load(*_overrides(args, "experiments/evidence.yaml"))
+    found = curation_page.read(args.run, args.candidates, args.truth, args.encoder)
+    curation_page.write(found, args.out)
+    if args.json:
+        print(curation_page.to_json(found))
+    else:
+        curation_page.show(found, console())
+        print(f"page: {args.out}")
+    return 0
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from sicog_exp.studies.ablate import load_ablation, run_ablation
+
+    path, overrides = _overrides(args, DEFAULT_ABLATION, args.study)
+    seeds = [f"seeds={args.seeds}"] if args.seeds else []
+    study = load_ablation(path, [*overrides, *seeds])
     quiet_libraries()
-    from sicog_exp.studies.evidence import run_evidence
-
-    run_evidence(recipe, args.seeds, args.out, console())
+    run_ablation(study, console(), args.out)
     return 0
 
 

@@ -47,7 +47,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 def offered_files(prefix: str, command: str) -> list[str]:
     """The shipped recipes or studies where nothing is typed yet; then folders and YAML files that begin so."""
     if not prefix:
-        shipped = Path("experiments/sweeps" if command == "sweep" else "experiments")
+        shipped = Path({"sweep": "experiments/sweeps", "ablate": "experiments/ablations"}.get(command, "experiments"))
         return sorted(str(path) for path in shipped.glob("*.yaml"))
     typed = Path(prefix)
     folder = typed if prefix.endswith("/") else typed.parent
@@ -97,6 +97,10 @@ def _config_class(command: str) -> type:
         return StudyConfig
     from sicog_exp.recipe import CurationConfig, Recipe
 
+    if command == "ablate":
+        from sicog_exp.studies.ablate import AblationConfig
+
+        return type("Ablation", (AblationConfig, Recipe), {})
     if command == "curate":
         return dataclasses.make_dataclass("Curation", [("curation", CurationConfig)])
     return Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -29,38 +29,55 @@ WEIGHTS_IN_TRAINING = 4
 """Copies of the weights that full training holds: weights, gradients, two AdamW moments."""
 
 
-def run_experiment(recipe: Recipe, console: Console) -> Artifact:
+@dataclass(frozen=True)
+class Part:
+    """A run's place in a study: under the study's run in MLflow, by a name and tags that tell it from the others."""
+
+    study_run: str
+    name: str
+    tags: Mapping[str, str]
+
+
+def run_experiment(recipe: Recipe, console: Console, part: Part | None = None) -> Artifact:
     """Run the recipe, or continue it, or say that nothing is to be done. The artifact holds summary and report."""
     check_memory(recipe)
     store = Store(recipe.store)
-    step = experiment_step(recipe, store, console)
-    finished = store.find(step)
-    if finished and intact(store, finished):
-        console.print(f"{recipe.name}: finished before, nothing to do. Delete {finished.path} to report again.")
-        mark_no_op(recipe.tracking, json.loads((finished / SUMMARY).read_text())["run_id"])
-    else:
-        if finished:
-            store.set_aside(finished.path, "a step it was made of is damaged")
+    step = experiment_step(recipe, store, console, part)
+    finished = whole(store, step, recipe.name, console)
+    if finished is None:
         check_ahead(recipe)
         finished = store.run(step)
+    elif part is None:
+        mark_no_op(recipe.tracking, json.loads((finished / SUMMARY).read_text())["run_id"])
     show(finished, console)
     return finished
 
 
-def experiment_step(recipe: Recipe, store: Store, console: Console) -> Step:
+def whole(store: Store, step: Step, name: str, console: Console) -> Artifact | None:
+    """What finished before, which is said; None for what is to be run, its damaged artifact moved aside."""
+    finished = store.find(step)
+    if finished and intact(store, finished):
+        console.print(f"{name}: finished before, nothing to do. Delete {finished.path} to report again.")
+        return finished
+    if finished:
+        store.set_aside(finished.path, "a step it was made of is damaged")
+    return None
+
+
+def experiment_step(recipe: Recipe, store: Store, console: Console, part: Part | None = None) -> Step:
     """The whole run as one step: it is finished when its report is."""
     steps_of = replace(recipe, plan=PlanConfig())  # which no step reads
     identity = {"recipe": steps_of, "data": loop.data_step(recipe).identity, "base": loop.base_step(recipe).identity}
 
     def run(config: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-        _run(recipe, store, workplace, console)
+        _run(recipe, store, workplace, console, part)
 
     return Step("iterate", run, identity, seed=recipe.seed, revision=REVISION)
 
 
-def _run(recipe: Recipe, store: Store, workplace: Workplace, console: Console) -> None:
+def _run(recipe: Recipe, store: Store, workplace: Workplace, console: Console, part: Part | None) -> None:
     started = time.time()
-    tracker = Tracker(recipe)
+    tracker = Tracker(recipe, part.study_run, part.name, part.tags) if part else Tracker(recipe)
     try:
         with Display(expected_work(recipe), console) as display:
             runner = Runner(store, tracker, display)
@@ -85,13 +102,15 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
     spent = costs.metrics(collect.cost_rows(runner.done), means)
     for generation, table in zip(lineage.generations, tables, strict=True):
         curated = lineage.curated[generation.index - 1] if generation.index and lineage.curated else None
-        known = collect.curation_metrics(curated, lineage.data) if curated else {}
+        known = collect.curation_metrics(curated, lineage.data, resamples) if curated else {}
         scores = compare.metrics(table)
         tracker.log_generation(generation.index, headline(scores) | scores | known | spent.get(generation.index, {}))
         tracker.log_origin(generation.index, origin(lineage, runner, generation.index))
         tracker.register(generation.index, generation.model)
         tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
     summary: dict[str, Any] = trust(recipe, lineage, runner) | {
+        "stopped": lineage.stopped,
+        "upper_bound": collect.upper_bound_note(recipe),
         "run_id": tracker.run_id,
         "experiment_id": tracker.experiment_id,
         "wall_seconds": wall,
@@ -107,12 +126,14 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
     tracker.log_metrics(tracker.run_id, cleandata.contamination_metrics(runner.done))
     if summary["alarms"]:
         tracker.client.set_tag(tracker.run_id, "sicog.alarm", " ".join(summary["alarms"])[:5000])
+    if lineage.stopped:
+        tracker.client.set_tag(tracker.run_id, "sicog.stopped", lineage.stopped[:5000])
     log_datasets(recipe, lineage, tracker)
     page = collect.collect(
         recipe, lineage, runner.done, run_id=tracker.run_id, run_uri=str(tracker.client.tracking_uri),
         date=date.today().isoformat(), reproduce=REPRODUCE,
         orchestration_share=summary["orchestration_share"],
-        watched=[*summary["alarms"], *summary["contamination"]])  # fmt: skip
+        watched=[*filter(None, [lineage.stopped]), *summary["alarms"], *summary["contamination"]])  # fmt: skip
     report.write_report(page, workplace.directory / REPORT)
     (workplace.directory / report.DATA).write_bytes(report.to_json(page))
     (workplace.directory / SUMMARY).write_text(json.dumps(summary, indent=1, default=float))
@@ -152,7 +173,9 @@ def origin(lineage: loop.Lineage, runner: Runner, index: int) -> dict[str, str]:
 
 def log_datasets(recipe: Recipe, lineage: loop.Lineage, tracker: Tracker) -> None:
     """The split that each generation was scored on and, from G1 on, the self-generated rows it was pre-trained on."""
+    from sicog_exp.curation.calibration import DRAWN
     from sicog_exp.records import read_records
+    from sicog_exp.reporting.curation_page import SELF_DATA, drawn_lines
 
     split = recipe.evaluation.split
     scored_rows = len(read_records(lineage.data / f"{split}.parquet"))
@@ -164,7 +187,8 @@ def log_datasets(recipe: Recipe, lineage: loop.Lineage, tracker: Tracker) -> Non
             curated = lineage.curated[generation.index - 1]
             tracker.log_dataset(run_id, "self-data", curated, "training", len(read_records(curated / "self.parquet")))
             for name in ("self.parquet", SUMMARY):  # the texts outlive the store
-                tracker.log_file(curated / name, "self-data", generation.index)
+                tracker.log_file(curated / name, SELF_DATA, generation.index)
+            tracker.client.log_text(run_id, drawn_lines(curated.path), f"{SELF_DATA}/{DRAWN}")
 
 
 def orchestration_share(runner: Runner, wall: float) -> float:
@@ -214,6 +238,10 @@ def show(finished: Artifact, console: Console) -> None:
             names = f"{delta['after']} - {delta['before']}  {delta['task']}"
             points = f"{100 * delta['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]"
             console.print(f"{names}: {points}", highlight=False)
+    if summary.get("stopped"):
+        console.print(summary["stopped"], highlight=False)
+    if summary.get("upper_bound"):
+        console.print(f"[bold red]UPPER BOUND[/] {summary['upper_bound']}", highlight=False)
     for text in summary["alarms"]:
         console.print(f"[bold red]ALARM[/] {text}", highlight=False)
     for text in summary["contamination"]:

@@ -9,53 +9,61 @@ from pathlib import Path
 from typing import Any
 
 from sicog_exp.cleandata import check_step, without_overlaps, without_repeated_texts
+from sicog_exp.preferences import preference_tuned
 from sicog_exp.prompts import Kind
 from sicog_exp.recipe import DataConfig, EvaluationConfig, ModelConfig, Recipe, RecipeError, StageConfig
 from sicog_exp.runner import Runner
-from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule
+from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule, check_truth
+from sicog_exp.stopping import decides_by_scores, reason_to_stop
 from sicog_exp.store import Artifact, Step, Workplace, file_checksum
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """What makes up a model: weights, configuration, tokenizer and processor; a card can be edited freely."""
 ALIGN_SHARES = {"annotated": 0.5, "instruction": 0.5}
-DATA_REVISION = 1
+DATA_REVISION = 2
 EVALUATION_REVISION = 1
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A model of the lineage and its scores."""
+    """A model of the lineage and its scores; on the development split too, where a stop rule decides by them."""
 
     index: int
     model: Artifact
     scores: Artifact
+    development: Artifact | None = None
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """What a run made, in order; `curated[i]` is what generation i + 1 was pre-trained on."""
+    """What a run made, in order; `curated[i]` is what generation i + 1 was pre-trained on. `stopped` says why it ended
+    before its last iteration, "" where it did not."""
 
     data: Artifact
     generations: list[Generation]
     curated: list[Artifact]
+    stopped: str = ""
 
 
 def iterate(recipe: Recipe, runner: Runner) -> Lineage:
     """Run the whole recipe; a finished step is read from the store, a killed one goes on."""
     data = runner.run(data_step(recipe))
+    check_truth(recipe, data)
     checked = runner.run(check_step(recipe, data))
     clean = without_overlaps(recipe, data, checked, runner.run)
     base = runner.run(base_step(recipe))
+    parts = raw_parts(runner, recipe, base)
     model = fine_tune(runner, recipe, "instruct", recipe.instruct, base, clean, instruction_shares(recipe))
-    lineage = Lineage(data, [Generation(0, model, evaluate(runner, recipe, model, data))], [])
+    lineage = Lineage(data, [scored(runner, recipe, 0, model, data)], [])
     pools: list[Artifact] = []
     for index in range(recipe.iterations):
         current = lineage.generations[-1]
         runner.generation = index + 1
-        start = base if recipe.start == "base" else current.model
+        start = current.model if recipe.start == "previous" else parts
         aligned = align(runner, recipe, start, clean)
         if recipe.self_data:
             generators = develop(runner, recipe, current.model, clean)
+            generators = preference_tuned(recipe, generators, clean, index, runner.run)
             self_data = self_data_module(recipe, index, aligned, clean, generators, pools, runner)
             self_data.prepare_data()
             pools = self_data.pools if recipe.sampling.pooled else []
@@ -63,16 +71,29 @@ def iterate(recipe: Recipe, runner: Runner) -> Lineage:
             self_data.inputs["curated"] = without_repeated_texts(recipe, lineage.curated[-1], checked, runner.run)
             pretrained = pretrain(runner, recipe, self_data)
         else:
-            pretrained = fine_tune(runner, recipe, "pretrain", recipe.pretrain, aligned, clean, mixture_shares(recipe))
+            pretrained = pretrain_annotated(runner, recipe, aligned, clean)
         model = fine_tune(runner, recipe, "instruct", closing(recipe), pretrained, clean, instruction_shares(recipe))
-        lineage.generations.append(Generation(index + 1, model, evaluate(runner, recipe, model, data)))
+        lineage.generations.append(scored(runner, recipe, index + 1, model, data))
+        reason = reason_to_stop(recipe, lineage, runner.done)
+        if reason:
+            return replace(lineage, stopped=reason)
     return lineage
 
 
 # The stages.
 
 
-def develop(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> dict[Group, Artifact]:
+def raw_parts(runner: Runner, recipe: Recipe, base: Artifact) -> Artifact:
+    """What every generation is rebuilt from: the base as it is, or with a new projector (`start: parts`)."""
+    from sicog_exp.training import stages
+
+    if recipe.start != "parts":
+        return base
+    task = stages.PartsTask(recipe.seed, recipe.model.trust_remote_code)
+    return runner.run(Step("parts", stages.raw_parts, task, {"model": base}, recipe.seed, stages.REVISION))
+
+
+def develop(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> Mapping[Group, Artifact]:
     """The data generators: the current generation, post-trained on the annotations (paper.md, stage 0)."""
     shares = {"annotated": 1.0}
     if recipe.generators == "mixed":
@@ -99,6 +120,16 @@ def pretrain(runner: Runner, recipe: Recipe, self_data: SelfDataModule) -> Artif
         stages.pretrain(self_data, workplace)
 
     return runner.run(Step("pretrain", run, self_data.task, self_data.inputs, recipe.seed, stages.REVISION))
+
+
+def pretrain_annotated(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> Artifact:
+    """The control's pre-training: annotated and text rows alone, for the same number of steps."""
+    from sicog_exp.training import stages
+
+    if recipe.pretrain.steps == 0:
+        return model
+    inputs = {"model": model, "data": data}
+    return runner.run(Step("pretrain", stages.fine_tune, mixture_task(recipe), inputs, recipe.seed, stages.REVISION))
 
 
 def fine_tune(runner: Runner, recipe: Recipe, name: str, stage: StageConfig, model: Artifact, data: Artifact,
@@ -138,13 +169,17 @@ def mixture_shares(recipe: Recipe) -> dict[str, float]:
     return {"text": mixture.text, "annotated": sum(astuple(mixture)) - mixture.text}
 
 
+def mixture_task(recipe: Recipe) -> Any:
+    """Pre-training's task: the mixture and its caps."""
+    return replace(training_task(recipe, recipe.pretrain, mixture_shares(recipe)), caps=recipe.caps)
+
+
 def self_data_module(
     recipe: Recipe, iteration: int, model: Artifact, data: Artifact, generators: Mapping[Group, Artifact],
     pools: list[Artifact], runner: Runner,
 ) -> SelfDataModule:  # fmt: skip
     pool = PoolTask(recipe.sampling, recipe.model, "caption", iteration, recipe.seed, recipe.data.max_pixels)
-    training = training_task(recipe, recipe.pretrain, mixture_shares(recipe))
-    return SelfDataModule(pool, recipe.curation, training, model, data, generators, pools, runner.run)
+    return SelfDataModule(pool, recipe.curation, mixture_task(recipe), model, data, generators, pools, runner.run)
 
 
 @dataclass(frozen=True)
@@ -156,13 +191,24 @@ class EvaluationTask:
     benchmarks: Mapping[str, str]
 
 
-def evaluate(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> Artifact:
+def scored(runner: Runner, recipe: Recipe, index: int, model: Artifact, data: Artifact) -> Generation:
+    """A generation with its scores. What the stop rule decides by is never the benchmark."""
+    scores = evaluate(runner, recipe, "evaluate", model, data)
+    if not decides_by_scores(recipe, index):
+        return Generation(index, model, scores)
+    if recipe.evaluation.split == "development":
+        return Generation(index, model, scores, development=scores)
+    own = replace(recipe, evaluation=replace(recipe.evaluation, split="development"))
+    return Generation(index, model, scores, evaluate(runner, own, "evaluate-development", model, data))
+
+
+def evaluate(runner: Runner, recipe: Recipe, name: str, model: Artifact, data: Artifact) -> Artifact:
     """Score a generation through lmms-eval."""
     from sicog_exp.evaluation.benchmarks import suite_state
 
     task = EvaluationTask(recipe.evaluation, recipe.model, suite_state(recipe.evaluation.suite))
     inputs = {"model": model, "data": data}
-    return runner.run(Step("evaluate", run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
+    return runner.run(Step(name, run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
 
 
 def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:

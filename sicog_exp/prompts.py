@@ -30,6 +30,15 @@ COT_STEPS = (
 )
 STEPS: dict[str, tuple[str, ...]] = {"cod": COD_STEPS, "cot": COT_STEPS}
 
+COD_TURNS = (
+    "What stands out in the image?",
+    "What do you see in detail?",
+    "How are these things related and arranged?",
+    "What lies at the margins or in the background?",
+    "Put it all together in one description.",
+)
+"""What the user asks for, a Chain-of-Description step a turn, where a caption becomes a conversation."""
+
 PROMPTS: dict[Kind, str] = {
     "cod": "Describe the image in detail, step by step.",
     "dd": "Describe the image as descriptively as possible.",

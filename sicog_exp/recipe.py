@@ -13,6 +13,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -171,6 +172,42 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class PreferenceConfig(StageConfig):
+    """The stage after `develop` that tunes a generator by preference: DPO with an SFT term (paper.md, Curation).
+
+    Its samples are pairs of a chosen and a rejected response, which the generator itself gives about some of the
+    unlabeled images.
+    """
+
+    steps: int = 0
+    """Optimizer steps; 0 leaves the stage out: the generator stays as `develop` made it."""
+    batch_size: int = 32
+    """Pairs per optimizer step, over all devices."""
+    micro_batch_size: int = 32
+    """Pairs per forward pass on one device; the loss does not depend on it."""
+    vision_lr: float = 1e-4
+    """Peak learning rate of the vision tower."""
+    projector_lr: float = 1e-4
+    """Peak learning rate of the projector."""
+    language_lr: float = 1e-4
+    """Peak learning rate of the language model."""
+    beta: float = 0.1
+    """DPO's beta: how dear it is to leave the supervised generator."""
+    sft_weight: float = 1.0
+    """Weight of the SFT term, the chosen response's negative log-likelihood a token; 0 is plain DPO."""
+    rejected: Literal["low_score", "corrupted"] = "low_score"
+    """`low_score`: a candidate of the lower half by score; `corrupted`: a response to a corrupted image."""
+    images: int = 200
+    """Unlabeled images whose candidates make the pairs, drawn by name; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "beta")
+        _require(self.sft_weight >= 0, f"sft_weight={self.sft_weight}: must be 0 or more")
+        _require(self.images >= 0, f"images={self.images}: must be 0 (all) or more")
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """Candidates and how they are drawn (paper.md, Sizes and sampling)."""
 
@@ -201,6 +238,12 @@ class SamplingConfig:
         _positive(self, "max_new_tokens", "batch_size")
 
 
+CaptionScorer = Literal["similarity", "lexical", "cross_format", "listing", "likelihood"]
+ReasoningScorer = Literal["similarity", "lexical", "agreement", "cross_format", "listing", "likelihood"]
+UPPER_BOUNDS = ("oracle", "truth")
+"""Selections that look at the truth: what they give is no result."""
+
+
 @dataclass(frozen=True)
 class CurationConfig:
     """Self-consistency (paper.md, Curation). A kind is a caption (cod, dd) or reasoning (cot, direct)."""
@@ -215,13 +258,42 @@ class CurationConfig:
     """Keep an image's caption when the best score reaches this."""
     reasoning_threshold: float = 0.85
     """Keep a question's answer when the best score reaches this."""
-    reasoning_scorer: Literal["similarity", "agreement"] = "agreement"
+    threshold_by: Literal["score", "quantile"] = "score"
+    """`quantile`: a threshold is a rank among the items' best scores, from 0 to 1: 0.4 keeps the best 60%."""
+    cod_threshold: float | None = None
+    """A threshold of their own for captions in steps. Where a kind of row has one, its group's two kinds are decided
+    separately, so that an item may give only its steps or only its plain row; null: decided together."""
+    dd_threshold: float | None = None
+    """The same for plain descriptions."""
+    cot_threshold: float | None = None
+    """The same for chains of thought."""
+    direct_threshold: float | None = None
+    """The same for direct answers."""
+    caption_scorer: CaptionScorer = "similarity"
+    """`similarity`: mean similarity of final texts by `encoder`; `lexical`: the same by words; `cross_format`:
+    similarity to the captions of the other kind; `listing`: agreement with everything else listed about the image;
+    `likelihood`: mean probability of its tokens."""
+    reasoning_scorer: ReasoningScorer = "agreement"
     """`similarity`: mean similarity of final answers; `agreement`: share of candidates with the same normalised
-    answer."""
+    answer; `cross_format`: share of the candidates of the other kind with it; `listing`: votes weighted by how well
+    each chain's listing agrees with the image's others; `lexical`, `likelihood`: as for captions."""
+    caption_blend: Mapping[str, float] = field(default_factory=dict)
+    """Weights of further caption scorers, such as {likelihood: 0.5}; the score is the weighted mean with
+    `caption_scorer`, which weighs 1."""
+    reasoning_blend: Mapping[str, float] = field(default_factory=dict)
+    """The same for answers."""
     require_direct_agreement: bool = False
     """Keep a question only if the chosen answer is also the most frequent direct answer."""
-    select: Literal["best", "random"] = "best"
-    """`random` draws the chosen candidate, seeded by sample id, and keeps every item: the control without curation."""
+    select: Literal["best", "random", "oracle", "truth"] = "best"
+    """`random` draws the chosen candidate, seeded by sample id, and keeps every item: the control without curation.
+    Upper bounds that look at the truth, never a result: `oracle` chooses among the candidates those that are correct,
+    `truth` trains on the ground truth instead of any candidate."""
+    family_quota: float = 1.0
+    """Keep at most this share of each question family's items, the best ones; a family is the question's first two
+    words where its source names none."""
+    disagreement_weight: float = 1.0
+    """Draw a kept answer up to this many times as often in training: the surer the vote and the more direct answers
+    disagree with it, the oftener; 1 draws all alike."""
     require_format: bool = True
     """Set aside candidates whose steps are missing or out of order, or that were cut at the token limit."""
     min_words: int = 1
@@ -236,13 +308,34 @@ class CurationConfig:
     """Lexical similarity from which two responses to the same prompt and image count as near duplicates."""
 
     def __post_init__(self) -> None:
-        _share(self, "near_duplicate")
-        for name in ("caption_threshold", "reasoning_threshold"):
-            value = getattr(self, name)
-            _require(-1 <= value <= 1, f"curation.{name}={value}: must lie between -1 and 1")
+        _share(self, "near_duplicate", "family_quota")
+        self._check_thresholds()
+        self._check_blend("caption", CaptionScorer)
+        self._check_blend("reasoning", ReasoningScorer)
+        _require(self.family_quota > 0, f"family_quota={self.family_quota}: must be above 0")
+        _require(self.disagreement_weight >= 1, f"disagreement_weight={self.disagreement_weight}: must be 1 or more")
         _positive(self, "candidates")
         in_order = 0 <= self.min_words <= self.max_words
         _require(in_order, f"min_words={self.min_words}, max_words={self.max_words}: need 0 <= min_words <= max_words")
+
+    def _check_thresholds(self) -> None:
+        lowest = 0 if self.threshold_by == "quantile" else -1
+        for name in ("caption", "reasoning", "cod", "dd", "cot", "direct"):
+            value = getattr(self, f"{name}_threshold")
+            _require(value is None or lowest <= value <= 1,
+                     f"curation.{name}_threshold={value}: must lie between {lowest} and 1")  # fmt: skip
+
+    def _check_blend(self, group: str, scorers: Any) -> None:
+        main = getattr(self, f"{group}_scorer")
+        others = [name for name in typing.get_args(scorers) if name != main]
+        for name, weight in getattr(self, f"{group}_blend").items():
+            _require(name in others and weight > 0, f"curation.{group}_blend.{name}={weight}: blends a scorer beside "
+                     f"{group}_scorer={main} ({', '.join(others)}) with a weight above 0")  # fmt: skip
+
+    @property
+    def is_upper_bound(self) -> bool:
+        """Whether the selection looks at the truth."""
+        return self.select in UPPER_BOUNDS
 
 
 @dataclass(frozen=True)
@@ -255,6 +348,8 @@ class MixtureConfig:
     """Curated answers with their steps."""
     self_direct: float = 0.25
     """The same answers alone: short rows, of which a small share gives hardly any response tokens."""
+    self_turns: float = 0.0
+    """Curated CoD captions as conversations, a turn a step (v6 of the paper, by the reviewers' account)."""
     text: float = 0.05
     """Text-only instruction data, against forgetting."""
     annotated: float = 0.2
@@ -263,6 +358,40 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         shares = dataclasses.astuple(self)
         _require(min(shares) >= 0 and sum(shares) > 0, f"mixture {shares}: shares must be 0 or more, one above 0")
+
+
+@dataclass(frozen=True)
+class CapsConfig:
+    """The most distinct rows of the pre-training mixture, by source and by kind; null sets no limit.
+
+    The rows that stay are drawn by the run's seed and their ids: those of a smaller cap are among those of a larger
+    one. The shares of `mixture` do not change: fewer rows come more often.
+    """
+
+    self_caption: int | None = None
+    """Rows of curated captions."""
+    self_cot: int | None = None
+    """Rows of curated answers with their steps."""
+    self_direct: int | None = None
+    """Rows of these answers alone."""
+    self_turns: int | None = None
+    """Conversations made of curated CoD captions."""
+    text: int | None = None
+    """Text-only rows."""
+    annotated: int | None = None
+    """Annotated rows."""
+    cod: int | None = None
+    """Rows of this kind from each source (conversations included)."""
+    dd: int | None = None
+    """Rows of this kind from each source."""
+    cot: int | None = None
+    """Rows of this kind from each source."""
+    direct: int | None = None
+    """Rows of this kind from each source."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _require(value is None or value >= 0, f"{name}={value}: must be 0 or more, or null for no limit")
 
 
 @dataclass(frozen=True)
@@ -282,6 +411,22 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size", "max_new_tokens", "bootstrap")
+
+
+@dataclass(frozen=True)
+class StopConfig:
+    """When to end before `iterations`; everything is off by default. Looked at after every generation but the last."""
+
+    no_gain: bool = False
+    """Stop when a generation's mean paired difference to the one before is not above zero beyond noise (95% interval).
+    Decided on the development split alone, on which G0 and later generations are scored for it."""
+    collapse: bool = False
+    """Stop when the collapse alarm (`tracking.collapse_alarm`) rings."""
+    budget_flops: float | None = None
+    """Stop when the FLOPs of the run's steps, those read from the store included, reach this (2e13, say)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "budget_flops")
 
 
 @dataclass(frozen=True)
@@ -343,9 +488,10 @@ class Recipe:
     seed: int = 0
     """Seed of training order and sampling."""
     iterations: int = 2
-    """Iterations g -> g+1; 2 give generations G0, G1, G2."""
-    start: Literal["base", "previous"] = "base"
-    """The next generation starts from the base's parts or from the previous generation's."""
+    """Iterations g -> g+1; 2 give generations G0, G1, G2. The most there can be, where `stop` ends a run earlier."""
+    start: Literal["base", "previous", "parts"] = "base"
+    """The next generation starts from the base's parts (`base`), from the previous generation's (`previous`), or as in
+    the paper from the base's vision tower and language model and a new projector that `align` trains (`parts`)."""
     generators: Literal["mixed", "two"] = "mixed"
     """One generator for captions and answers, or one for perception and one for reasoning."""
     self_data: bool = True
@@ -355,17 +501,20 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     develop: StageConfig = field(default_factory=StageConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     align: StageConfig = field(default_factory=lambda: StageConfig(steps=0, vision_lr=0.0, language_lr=0.0))
     pretrain: StageConfig = field(default_factory=StageConfig)
     instruct: StageConfig = field(default_factory=StageConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     curation: CurationConfig = field(default_factory=CurationConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    caps: CapsConfig = field(default_factory=CapsConfig)
     replay: float = 0.3
     """Share of instruction-set replay beside the annotated rows in the instruct stage."""
     closing_steps: int | None = None
     """Steps of the instruct stage that closes every generation after G0; as many as G0's if nothing is said."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
@@ -377,6 +526,29 @@ class Recipe:
         candidates = self.sampling.cod + self.sampling.dd + self.sampling.cot + self.sampling.direct
         _require(not self.self_data or candidates > 0, "sampling asks for no candidate of any kind: set sampling.cod, "
                  "sampling.dd, sampling.cot or sampling.direct above 0, or self_data=false")  # fmt: skip
+        self._check_start()
+        self._check_pairs()
+        watched = self.self_data and self.tracking.collapse_alarm > 0
+        _require(not self.stop.collapse or watched, "stop.collapse=true: the alarm never rings with self_data=false or "
+                 "tracking.collapse_alarm=0; change these, or leave stop.collapse out")  # fmt: skip
+
+    def _check_start(self) -> None:
+        aligned = self.align.steps > 0 and self.align.projector_lr > 0
+        _require(self.start != "parts" or aligned, f"start=parts, align.steps={self.align.steps}, align.projector_lr="
+                 f"{self.align.projector_lr}: a new projector must be trained, set both above 0")  # fmt: skip
+
+    def _check_pairs(self) -> None:
+        """A chosen response is told from a lower one of its own kind."""
+        sampling = self.sampling
+        several = max(sampling.cod, sampling.dd, sampling.cot, sampling.direct) > 1
+        low_score = self.self_data and self.preference.steps > 0 and self.preference.rejected == "low_score"
+        _require(several or not low_score, "preference.rejected=low_score needs two candidates of one kind: set "
+                 "sampling.cod or sampling.cot to 2 or more, or preference.rejected=corrupted")  # fmt: skip
+
+    @property
+    def is_upper_bound(self) -> bool:
+        """Whether the run trains on what the truth chose: a bound for others, never a result."""
+        return self.self_data and self.curation.is_upper_bound
 
 
 T = TypeVar("T")
@@ -397,11 +569,21 @@ def build(cls: type[T], values: Any, key: str = "") -> T:
                               f"{_meant(str(name), _keys(cls))}")  # fmt: skip
     missing = [_join(key, name) for name in _required(cls) if name not in values]
     _require(not missing, f"{', '.join(missing)}: missing; nothing stands in for it")
-    made = {name: _convert(hints[name], value, _join(key, name)) for name, value in values.items()}
+    made = {name: _convert(hints[name], value, _join(key, name)) for name, value in _completed(cls, values).items()}
     try:
         return cls(**made)
     except RecipeError as error:
         raise RecipeError(f"{key}: {error}" if key and not str(error).startswith(key) else str(error)) from None
+
+
+def _completed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` whose sections begin from what they are in `cls`: `align` freezes what a stage by itself would train."""
+    made = [(f.name, f.default_factory()) for f in dataclasses.fields(cls)
+            if f.default_factory is not dataclasses.MISSING]  # fmt: skip
+    own = {name: dataclasses.asdict(typing.cast(Any, section)) for name, section in made
+           if dataclasses.is_dataclass(section)}  # fmt: skip
+    return {name: {**own[name], **value} if name in own and isinstance(value, dict) else value
+            for name, value in values.items()}  # fmt: skip
 
 
 def _keys(cls: type) -> list[str]:

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,10 +28,11 @@ class Key:
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """Field name -> the docstring under it."""
+    """Field name -> the docstring under it, in the class itself or in one that it extends."""
+    found = {name: text for base in reversed(cls.__bases__) if dataclasses.is_dataclass(base)
+             for name, text in meanings(base).items()}  # fmt: skip
     (node,) = ast.parse(inspect.getsource(cls)).body
     body = typing.cast(ast.ClassDef, node).body
-    found = {}
     for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             found[typing.cast(ast.Name, field.target).id] = " ".join(str(text.value.value).split())
@@ -64,6 +65,8 @@ def shown(hint: Any) -> str:
     """A type as a user would say it: the allowed words, or its name."""
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is Mapping:
+        return f"names, each with a {shown(typing.get_args(hint)[1])}"
     names = [getattr(part, "__name__", str(part)) for part in typing.get_args(hint) or (hint,)]
     return " or ".join({"str": "text", "int": "whole number", "float": "number", "bool": "true, false",
                         "NoneType": "null"}.get(name, name) for name in names)  # fmt: skip

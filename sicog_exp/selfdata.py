@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sicog_exp.curation.curate import Group, group_of
+from sicog_exp.curation.diagnosis import read_truth
 from sicog_exp.curation.embeddings import embed_texts, encoder_state, encoder_work, stored_encoder
 from sicog_exp.curation.files import curate_file
 from sicog_exp.curation.filters import parse
+from sicog_exp.curation.items import ROW_KINDS, Group, group_of
+from sicog_exp.curation.oracle import upper_bound
+from sicog_exp.curation.scorers import weights_of
 from sicog_exp.data.readers import words_of
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.prompts import Kind, final_text, prompt, question_of
-from sicog_exp.recipe import CurationConfig, ModelConfig, SamplingConfig
+from sicog_exp.recipe import CurationConfig, ModelConfig, Recipe, RecipeError, SamplingConfig
 from sicog_exp.records import Record, conversation, read_jsonl, read_records, user, write_jsonl, write_records
 from sicog_exp.store import Artifact, Step, Workplace
-from sicog_exp.training.stages import MixtureData, TrainingTask
+from sicog_exp.training.stages import WEIGHTS, MixtureData, TrainingTask
 
-GROUPS: dict[Group, tuple[Kind, Kind]] = {"caption": ("cod", "dd"), "reasoning": ("cot", "direct")}
+GROUPS = ROW_KINDS
 POOL_REVISION = 1
-CURATION_REVISION = 3
+CURATION_REVISION = 4
 EMBEDDING_REVISION = 1
 
 
@@ -54,8 +57,13 @@ def requests_for(task: PoolTask, unlabeled: Sequence[Record], root: Path) -> lis
     return requests
 
 
+def items_of(inputs: Mapping[str, Artifact]) -> list[Record]:
+    """The records to sample for: those of `items` where there is such an input, else the data set's unlabeled ones."""
+    return read_records(inputs.get("items", inputs["data"]) / "unlabeled.parquet")
+
+
 def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    """Sample candidates for the unlabeled items of one group into `candidates.jsonl`."""
+    """Sample candidates for the items of one group into `candidates.jsonl`."""
     from sicog_exp.generation.pool import generate_pool
     from sicog_exp.generation.transformers_engine import TransformersEngine
     from sicog_exp.models.loading import work_of
@@ -63,7 +71,7 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     engine = TransformersEngine.from_path(inputs["generator"].path, task.model.generation_dtype,
                                           task.model.torch_device, task.model.trust_remote_code,
                                           threads=task.model.threads)  # fmt: skip
-    requests = requests_for(task, read_records(inputs["data"] / "unlabeled.parquet"), inputs["data"].path)
+    requests = requests_for(task, items_of(inputs), inputs["data"].path)
     sampling = task.sampling
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)
     facts = generate_pool(engine, requests, decoding, workplace.scratch, workplace.directory / "candidates.jsonl",
@@ -71,6 +79,20 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     workplace.device = task.model.device_name
     workplace.add(samples=facts["candidates"], model_seconds=facts["seconds"],
                   **work_of(engine.model).of_sampling(facts))  # fmt: skip
+
+
+def sample_pools(task: PoolTask, generators: Mapping[Group, Artifact], inputs: Mapping[str, Artifact],
+                 run: Callable[[Step], Artifact], name: str = "generate") -> dict[Group, Artifact]:  # fmt: skip
+    """A pool of every group that has items and candidates to sample; `inputs` as in `generate`, but the generator."""
+    # A folder of images without questions has captions to sample and no answers.
+    present = {group_of(record.kind) for record in items_of(inputs)}
+    pools = {}
+    for group, generator in generators.items():
+        if group in present and any(getattr(task.sampling, kind) for kind in GROUPS[group]):
+            step = Step(f"{name}-{group}", generate, replace(task, group=group), {"generator": generator, **inputs},
+                        task.seed, POOL_REVISION)  # fmt: skip
+            pools[group] = run(step)
+    return pools
 
 
 @dataclass(frozen=True)
@@ -88,28 +110,35 @@ def pool_rows(unlabeled: Sequence[Record], pools: Sequence[Artifact]) -> Iterato
     candidates: dict[str, list[dict]] = {}
     for pool in pools:
         for row in read_jsonl(pool / "candidates.jsonl"):
-            kept = {name: row[name] for name in ("kind", "text", "finish_reason")}
+            kept = {name: row[name] for name in ("kind", "text", "finish_reason", "logprob", "tokens")}
             candidates.setdefault(row["sample_id"], []).append(kept)
     known = {record.id: record for record in unlabeled}
     for sample_id, texts in candidates.items():
         record = known[sample_id]
         question = question_of(record.kind, words_of(record.prompt[-1]))
+        family = {"family": record.family} if record.family else {}
         yield {"id": sample_id, "kind": group_of(record.kind), "prompt": question,
-               "image": record.images[0] if record.images else None, "candidates": texts}  # fmt: skip
+               "image": record.images[0] if record.images else None, **family, "candidates": texts}  # fmt: skip
 
 
 def training_rows(curated: Mapping, images: tuple[str, ...]) -> Iterator[Record]:
-    """The records of one kept item: its chosen response whole, and its final text in the plain kind of its group."""
+    """The records of one kept item: its chosen response whole, and its final text in the plain kind of its group; or
+    those of its rows that were kept, where they were decided separately."""
     group: Group = curated["kind"]
-    plain = GROUPS[group][1]
     question = curated["prompt"] if group == "reasoning" else ""
+    for kind, response in _responses(curated).items():
+        messages = conversation(prompt(kind, question), response, images)
+        yield Record(f"{curated['id']}:{kind}", messages, images, kind, f"self_{group if group == 'caption' else kind}")
+
+
+def _responses(curated: Mapping) -> dict[Kind, str]:
+    if "rows" in curated:
+        return {row["kind"]: row["text"] for row in curated["rows"]}
     responses: dict[Kind, str] = {curated["chosen_kind"]: curated["chosen"]}
     final = final_text(curated["chosen_kind"], curated["chosen"])
     if final:  # broken steps, which curation.require_format=false lets pass, have no final text of their own
-        responses[plain] = final
-    for kind, response in responses.items():
-        messages = conversation(prompt(kind, question), response, images)
-        yield Record(f"{curated['id']}:{kind}", messages, images, kind, f"self_{group if group == 'caption' else kind}")
+        responses[GROUPS[curated["kind"]][1]] = final
+    return responses
 
 
 @dataclass(frozen=True)
@@ -143,27 +172,62 @@ def embeddings(config: CurationConfig, pools: Sequence[Artifact], run: Callable[
     """The embeddings of the pools' texts, where a model compares them; `run` makes or reads each."""
     if config.encoder == "lexical":
         return {}
-    groups = GROUPS if config.reasoning_scorer == "similarity" else ("caption",)
-    compared = [pool for pool in pools if pool.name in {f"generate-{group}" for group in groups}]
+    groups = {group for group in GROUPS if "similarity" in weights_of(config, group)}
+    compared = [pool for pool in pools if pool.name.rpartition("-")[2] in groups]
     task = EmbeddingTask(config.encoder, encoder_state(config.encoder))
     steps = [Step("embed", embed, task, {"pool": pool}, 0, EMBEDDING_REVISION) for pool in compared]
     return {f"embeddings{i:02d}": run(step) for i, step in enumerate(steps)}
 
 
 def curate(task: CurationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    """Score, choose and keep; `curated.jsonl` holds every item, `self.parquet` the training rows of the kept ones."""
-    unlabeled = read_records(inputs["data"] / "unlabeled.parquet")
+    """Score, choose and keep; `curated.jsonl` holds every item, `self.parquet` the training rows of the kept ones.
+
+    The truth is read for upper bounds alone.
+    """
+    data, folder = inputs["data"], workplace.directory
+    unlabeled = read_records(data / "unlabeled.parquet")
     pools = [artifact for name, artifact in inputs.items() if name.startswith("pool")]
-    pool_file = workplace.directory / "pool.jsonl"
-    items = write_jsonl(pool_file, pool_rows(unlabeled, pools))
+    items = write_jsonl(folder / "pool.jsonl", pool_rows(unlabeled, pools))
     embeddings = [artifact.path for name, artifact in inputs.items() if name.startswith("embeddings")]
     encoder = stored_encoder(task.curation.encoder, embeddings)
-    summary = curate_file(pool_file, workplace.directory, task.curation, encoder)
+    judge = upper_bound(task.curation, read_truth(data.path)) if task.curation.is_upper_bound else None
+    summary = curate_file(folder / "pool.jsonl", folder, task.curation, encoder, judge)
     images = {record.id: record.images for record in unlabeled}
-    kept = [row for row in read_jsonl(workplace.directory / "curated.jsonl") if row["kept"]]
-    rows = [record for row in kept for record in training_rows(row, images[row["id"]])]
-    write_records(workplace.directory / "self.parquet", rows)
+    kept = [row for row in read_jsonl(folder / "curated.jsonl") if row["kept"]]
+    rows = {row["id"]: list(training_rows(row, images[row["id"]])) for row in kept}
+    write_records(folder / "self.parquet", [record for records in rows.values() for record in records])
+    if task.curation.disagreement_weight > 1 and task.curation.select == "best":
+        weights = ({"id": record.id, "weight": row["weight"]} for row in kept for record in rows[row["id"]])
+        write_jsonl(folder / WEIGHTS, weights)
     workplace.add(samples=items, kept=summary["kept"])
+
+
+def curate_pools(name: str, curation: CurationConfig, data: Artifact, pools: Sequence[Artifact],
+                 run: Callable[[Step], Artifact]) -> Artifact:  # fmt: skip
+    """Curate these pools together; `data` holds the items that they were sampled for."""
+    inputs = {"data": data, **numbered(pools), **embeddings(curation, pools, run)}
+    return run(Step(name, curate, CurationTask(curation), inputs, 0, CURATION_REVISION))
+
+
+def numbered(pools: Iterable[Artifact]) -> dict[str, Artifact]:
+    """Pools as a step's inputs."""
+    return {f"pool{i:02d}": pool for i, pool in enumerate(pools)}
+
+
+def check_truth(recipe: Recipe, data: Artifact) -> None:
+    """Raises RecipeError where an upper bound is asked for and the source knows no truth of what would be sampled."""
+    if not recipe.is_upper_bound:
+        return
+    truths = read_truth(data.path)
+    asked = {group for group, kinds in GROUPS.items() if any(getattr(recipe.sampling, kind) for kind in kinds)}
+    items = {(group_of(record.kind), record.id in truths) for record in read_records(data / "unlabeled.parquet")}
+    for group in sorted(asked & {group for group, _ in items}):
+        if (group, True) not in items:
+            kinds = " and ".join(f"sampling.{kind}=0" for kind in GROUPS[group])
+            raise RecipeError(f"curation.select={recipe.curation.select}: data.source={recipe.data.source} knows no "
+                              f"truth of the unlabeled {group} items; use best or random, give the rows their "
+                              f"{'descriptions' if group == 'caption' else 'answers'}, or leave them out with "
+                              f"{kinds}")  # fmt: skip
 
 
 class SelfDataModule(MixtureData):
@@ -186,15 +250,5 @@ class SelfDataModule(MixtureData):
         if self.curated is not None:
             return
         data = self.inputs["data"]
-        # A folder of images without questions has captions to sample and no answers.
-        present = {group_of(record.kind) for record in read_records(data / "unlabeled.parquet")}
-        for group, generator in self._generators.items():
-            task = replace(self._pool_task, group=group)
-            if group in present and any(getattr(task.sampling, kind) for kind in GROUPS[group]):
-                step = Step(f"generate-{group}", generate, task, {"generator": generator, "data": data}, task.seed,
-                            POOL_REVISION)  # fmt: skip
-                self.pools.append(self._run(step))
-        inputs = {"data": data} | {f"pool{i:02d}": pool for i, pool in enumerate(self.pools)} 
-        inputs |= embeddings(self._curation, self.pools, self._run)
-        step = Step("curate", curate, CurationTask(self._curation), inputs, 0, CURATION_REVISION)
-        self.curated = self.inputs["curated"] = self._run(step)
+        self.pools += sample_pools(self._pool_task, self._generators, {"data": data}, self._run).values()
+        self.curated = self.inputs["curated"] = curate_pools("curate", self._curation, data, self.pools, self._run)

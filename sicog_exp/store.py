@@ -187,6 +187,10 @@ class Store:
             return None
         return self._read(path) if self.check(path.name) else None
 
+    def read(self, name: str) -> Artifact:
+        """The artifact directory `name`, which a finished step left."""
+        return self._read(self.root / name)
+
     @staticmethod
     def _read(path: Path) -> Artifact:
         return Artifact(path, json.loads((path / MANIFEST).read_text()), cached=True)

@@ -96,24 +96,46 @@ def _impatient() -> Iterator[None]:
 
 def open_run(client: MlflowClient, config: TrackingConfig, name: str, source: str) -> tuple[str, str]:
     """(run, experiment): the run that `mlflow run` made for us, or a new one in the recipe's experiment."""
-    given = os.environ.get("MLFLOW_RUN_ID")
+    given, experiment_id = os.environ.get("MLFLOW_RUN_ID"), _experiment(client, config)
     if given:
         client.set_tag(given, NAME, name)
-        return given, client.get_run(given).info.experiment_id
-    title = os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.experiment
-    experiment = client.get_experiment_by_name(title)
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment(title)
+        return given, experiment_id
     run = client.create_run(experiment_id, tags={NAME: name, SOURCE: source})
     return run.info.run_id, experiment_id
 
 
-def mark_no_op(config: TrackingConfig, finished_run: str) -> None:
-    """Let the run that `mlflow run` opened for nothing point to the finished one."""
+def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
+    """That of the run that `mlflow run` made for us, or the recipe's, made when first asked for."""
     given = os.environ.get("MLFLOW_RUN_ID")
     if given:
+        return client.get_run(given).info.experiment_id
+    title = os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.experiment
+    experiment = client.get_experiment_by_name(title)
+    return experiment.experiment_id if experiment else client.create_experiment(title)
+
+
+def open_study(client: MlflowClient, config: TrackingConfig, name: str, source: str, known: str = "") -> str:
+    """The run under which a study's runs stand: `known` goes on, or one is opened."""
+    run_id = known or open_run(client, config, name, source)[0]
+    client.set_tag(run_id, "sicog.level", "study")
+    client.update_run(run_id, status="RUNNING")
+    return run_id
+
+
+def study_of_name(client: MlflowClient, config: TrackingConfig, name: str) -> str:
+    """The run of the ablation of this name in the recipe's experiment, or nothing."""
+    studies = client.search_runs([_experiment(client, config)], "tags.`sicog.level` = 'study'")
+    # Compared here: MLflow's search language knows no quotation mark inside a name.
+    return next((run.info.run_id for run in studies if run.data.tags.get("sicog.study") == name), "")
+
+
+def mark_no_op(config: TrackingConfig, other_run: str, words: str = "nothing to do") -> None:
+    """Let the run that `mlflow run` opened for nothing point to the one that holds the work."""
+    given = os.environ.get("MLFLOW_RUN_ID")
+    if given and given != other_run:
         client = connect(config)
-        client.set_tag(given, NAME, "nothing to do")
-        client.set_tag(given, "sicog.finished_run", finished_run)
+        client.set_tag(given, NAME, words)
+        client.set_tag(given, "sicog.finished_run", other_run)
 
 
 def generation_runs(client: MlflowClient, experiment: Run) -> dict[int, Run]:
@@ -124,10 +146,11 @@ def generation_runs(client: MlflowClient, experiment: Run) -> dict[int, Run]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
+    """Nested mappings as dotted keys; an empty one is a value."""
     result: dict[str, Any] = {}
     for name, value in values.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        nested = isinstance(value, Mapping) and value
+        result |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return result
 
 
@@ -161,10 +184,11 @@ def table_link(experiment_id: str, metric: str) -> str:
 
 
 class Tracker:
-    """The runs of one experiment; those of a study's trial stand under the study's run."""
+    """The runs of one experiment; those of a study stand under the study's run, and each has the study's `tags`."""
 
-    def __init__(self, recipe: Recipe, study_run: str = "", name: str = "") -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, study_run: str = "", name: str = "", tags: Mapping[str, str] | None = None
+                 ) -> None:  # fmt: skip
+        self.recipe, self.tags = recipe, dict(tags or {})
         self.client = connect(recipe.tracking)
         self.name = name or f"s{recipe.seed} {recipe.name}"
         """Names the run, and its generations after their number: lists, which cut names, mix those of many runs."""
@@ -179,7 +203,8 @@ class Tracker:
     def _log_recipe(self) -> None:
         self.client.log_text(self.run_id, to_yaml(self.recipe), "recipe.yaml")
         self._log_params(self.run_id, flat(asdict(self.recipe)))
-        for tag, value in {"sicog.level": "experiment", "sicog.recipe": self.recipe.name, **self._made_with()}.items():
+        tags = {"sicog.level": "experiment", "sicog.recipe": self.recipe.name, **self._made_with()}
+        for tag, value in (tags | self._upper_bound()).items():
             self.client.set_tag(self.run_id, tag, value)
 
     @staticmethod
@@ -188,6 +213,14 @@ class Tracker:
         code = code_version()
         tags = {f"sicog.code.{name}": value for name, value in code.items()}
         return tags | ({COMMIT: code["commit"]} if "commit" in code else {})
+
+    def _upper_bound(self) -> dict[str, str]:
+        """Marks the runs whose self-data the truth chose: never a result, and no model for the registry."""
+        return {"sicog.upper_bound": self.recipe.curation.select} if self.recipe.is_upper_bound else {}
+
+    @property
+    def _registers(self) -> bool:
+        return self.recipe.tracking.register and not self.recipe.is_upper_bound
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -199,7 +232,8 @@ class Tracker:
             self.client.log_batch(run_id, params=fresh[start : start + 100])
 
     def _child(self, parent: str, name: str, level: str, **tags: str) -> str:
-        labels = {PARENT: parent, NAME: name, "sicog.level": level, "sicog.recipe": self.recipe.name, **tags}
+        own = {PARENT: parent, NAME: name, "sicog.level": level, "sicog.recipe": self.recipe.name}
+        labels = {**own, **self.tags, **tags}
         run: Run = self.client.create_run(self.experiment_id, tags=labels)
         return run.info.run_id
 
@@ -207,7 +241,7 @@ class Tracker:
         """The run of generation `index`, made when first asked for. It repeats the recipe, so that the UI's comparison
         of any two generations shows how their recipes differ."""
         if index not in self._generations:
-            tags = {"sicog.generation": str(index), SOURCE: "sicog iterate", **self._made_with()}
+            tags = {"sicog.generation": str(index), SOURCE: "sicog iterate", **self._made_with(), **self._upper_bound()}
             run = self._child(self.run_id, f"G{index} {self.name}", "generation", **tags)
             self._generations[index] = run
             known = {"generation": index, "recipe": self.recipe.name}
@@ -284,8 +318,8 @@ class Tracker:
         return "\n".join(lines), {**tags, "sicog.run": self.generation(index), "sicog.parent_run": self.run_id}
 
     def register(self, index: int, artifact: Artifact) -> None:
-        """Log generation `index`'s model and register it with the alias gen-<index>."""
-        if not self.recipe.tracking.register:
+        """Log generation `index`'s model and register it with the alias gen-<index>; not that of an upper bound."""
+        if not self._registers:
             return
         import mlflow
         from mlflow.exceptions import MlflowException
@@ -308,7 +342,7 @@ class Tracker:
 
     def promote(self, index: int) -> None:
         """Point the alias `champion` at generation `index`."""
-        if self.recipe.tracking.register:
+        if self._registers:
             name = f"sicog-{self.recipe.name}"
             version = self.client.get_model_version_by_alias(name, f"gen-{index}")
             self.client.set_registered_model_alias(name, "champion", version.version)

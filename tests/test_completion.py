@@ -53,7 +53,9 @@ OFFERS = [
     ("sicog sweep experiments/sweeps/own.yaml pruner=", {"pruner=median", "pruner=none"}, set()),
     ("sicog curate --out DIR cur", {"curation.encoder="}, set()),
     ("sicog keys curation.enc", {"curation.encoder"}, set()),
-    ("sicog evidence --se", {"--seeds"}, set()),
+    ("sicog ablate ", {"experiments/ablations/evidence.yaml", "reference=", "curation."}, {RECIPE}),
+    ("sicog ablate experiments/ablations/evidence.yaml curation.sel", {"curation.select="}, set()),
+    ("sicog ablate --se", {"--seeds"}, set()),
     ("sicog plan --dev", {"--device", "--devices"}, {"--json"}),
     ("sicog plan experiments/plans/paper_lowres.yaml plan.sh", {"plan.shape="}, {"plan.cod_tokens="}),
 ]  # fmt: skip

@@ -42,6 +42,18 @@ AXES = {
 }
 
 
+ARMS = {
+    "arm_key.yaml": "[curation.selekt=random]",
+    "arm_value.yaml": "[curation.select=worst]",
+    "arm_form.yaml": "[curation]",
+    "arm_text.yaml": "seed=1",
+    "arm_seed.yaml": "[seed=1]",
+    "arm_twin.yaml": "[iterations=2]",
+    "arm_split.yaml": "[evaluation.split=development]",
+    "arm_stop.yaml": "[stop.no_gain=true]",
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the commands run: files with a mistake each, the shipped recipes, and one finished run's folder."""
@@ -50,6 +62,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text)
     for name, axes in AXES.items():
         (folder / name).write_text(f"name: s\nrecipe: experiments/embedded.yaml\nspace: {axes}\n")
+    for name, changes in ARMS.items():
+        arms = f"{{a: [], b: {changes}}}"
+        (folder / name).write_text(f"name: s\nrecipe: experiments/embedded.yaml\nreference: a\narms: {arms}\n")
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     (folder / "experiments").symlink_to(REPOSITORY / "experiments")
     (folder / "nothing").mkdir()
@@ -63,6 +78,7 @@ ITERATE = "iterate experiments/embedded.yaml store=S"
 OWN = "iterate experiments/own.yaml store=S"
 CURATE = "curate --candidates good.jsonl --out O"
 SWEEP = "sweep experiments/sweeps/tau_and_mix.yaml"
+ABLATE = "ablate experiments/ablations/evidence.yaml"
 MISTAKES = [
     # (command, what the one message must say)
     ("itirate", "invalid choice: 'itirate'"),
@@ -132,20 +148,35 @@ MISTAKES = [
     (f"{CURATE} curation.caption_treshold=1", r"curation\.caption_treshold: unknown key; .*mean caption_threshold\?"),
     (f"{CURATE} curation.caption_threshold=high", r"curation\.caption_threshold='high': expected float"),
     (f"{CURATE} curation", "'curation': an override is key=value"),
-    ("evidence nowhere.yaml", r"nowhere\.yaml: no such recipe"),
-    ("evidence broken.yaml", r"broken\.yaml: unreadable YAML"),
-    ("evidence typo.yaml", "sed: unknown key"),
-    ("evidence experiments/own.yaml", r"data\.annotated is missing"),
-    ("evidence sed=1", "sed: unknown key"),
-    ("evidence --seeds a", "--seeds: 'a': different whole numbers from 0, joined by commas"),
-    ("evidence --seeds 0,,1", "--seeds: '0,,1'"),
-    ("evidence --seeds 0,0", "--seeds: '0,0': different"),
-    ("evidence --seeds=-1", "--seeds: '-1'"),
-    ("evidence --seeds 0 1", "1: no such recipe"),
-    ("evidence store=S iterations=0", "iterations=0: the arms differ from G1 on"),
-    ("evidence store=S self_data=false", "self_data=false: this is the arm without self-data"),
-    ("evidence store=S --out nothing", "--out nothing: a folder; name a file"),
-    ("evidence store=S --out afile/x.json", "--out afile/x.json: .*afile; name a file"),
+    ("ablate nowhere.yaml", r"nowhere\.yaml: no such study; .*experiments/ablations/"),
+    ("ablate broken.yaml", r"broken\.yaml: unreadable YAML"),
+    ("ablate experiments/embedded.yaml", "unknown key; allowed here: name, recipe, reference, arms"),
+    ("ablate no_recipe.yaml", r"no_recipe\.yaml: space: unknown key"),
+    ("ablate arm_key.yaml", r"arms\.b: .*curation\.selekt: unknown key; allowed here: .*did you mean select\?"),
+    ("ablate arm_value.yaml", r"arms\.b: .*curation\.select='worst': allowed: best, random"),
+    ("ablate arm_form.yaml", r"arms\.b: 'curation': an override is key=value"),
+    ("ablate arm_text.yaml", r"arms\.b='seed=1': expected a list"),
+    ("ablate arm_seed.yaml", r"arms\.b: seed=1: an arm cannot set seed; the study's name and seeds"),
+    ("ablate arm_twin.yaml", r"arms\.b: the same recipe as a's"),
+    ("ablate arm_split.yaml", r"arms\.b: evaluation\.split=development: the other arms have benchmark; .*overrides"),
+    ("ablate arm_stop.yaml", r"arms\.b: stop: arms that end at different generations"),
+    (f"{ABLATE} reference=all", "reference=all: no such arm; there are curated, random candidate, annotated only"),
+    (f"{ABLATE} 'pairs=[{{before: all, after: curated}}]'", "pairs: all: no such arm; there are curated, random"),
+    (f"{ABLATE} 'pairs=[{{before: \"curated:G7\", after: curated}}]'", "pairs: curated:G7: curated ends with G2"),
+    (f"{ABLATE} sed=1", "sed: unknown key"),
+    (f"{ABLATE} seed=1", "seed=1: overrides cannot set seed; the study's name and seeds"),
+    (f"{ABLATE} recipe=experiments/own.yaml", r"data\.annotated is missing"),
+    (f"{ABLATE} seeds=[]", r"seeds=\[\]: different whole numbers from 0"),
+    (f"{ABLATE} --seeds a", "--seeds: 'a': different whole numbers from 0, joined by commas"),
+    (f"{ABLATE} --seeds 0,,1", "--seeds: '0,,1'"),
+    (f"{ABLATE} --seeds 0,0", "--seeds: '0,0': different"),
+    (f"{ABLATE} --seeds=-1", "--seeds: '-1'"),
+    ("ablate --seeds 0 1", "1: no such study"),
+    (f"{ABLATE} store=S iterations=0", r"arms\.curated: iterations=0: the arms differ from G1 on"),
+    (f"{ABLATE} store=S self_data=false", r"arms\.annotated only: the same recipe as curated's"),
+    (f"{ABLATE} store=S --out nothing", "--out nothing: a folder; name a file"),
+    (f"{ABLATE} store=S --out x.html", r"--out x\.html: no JSON file; name a file, such as x\.json"),
+    (f"{ABLATE} store=S --out afile/x.json", r"--out afile/x\.json: .*afile; name a file"),
     ("plan nowhere.yaml", r"nowhere\.yaml: no such recipe"),
     ("plan --device tpu", "--device tpu: allowed: a100, h100"),
     ("plan --devices 0", "--devices: '0': a whole number from 1"),
@@ -165,7 +196,7 @@ MISTAKES = [
     ("sweep key.yaml", r"space\.curation\.caption_treshold: .*did you mean caption_threshold\?"),
     ("sweep order.yaml", r"caption_threshold: low=0\.9, high=0\.1: low must not be above high"),
     ("sweep axis.yaml", r"caption_threshold=3: expected a mapping of low, high"),
-    ("sweep choice.yaml", r"reasoning_scorer='vote': allowed: similarity, agreement"),
+    ("sweep choice.yaml", r"reasoning_scorer='vote': allowed: similarity, lexical, agreement"),
     ("sweep when.yaml", r"when=curation\.encoder=minilm: names no axis before this one"),
     ("sweep high.yaml", r"space\.curation\.caption_threshold: .*=9\.0: must lie between -1 and 1"),
     (f"{SWEEP} objectives=[{{metric:eval/meen}}]", "objectives"),
@@ -241,9 +272,9 @@ OVER = [("seed=1", []), ("--seeds 0 seed=1", ["seed=1"]), ("seed=1 --seeds 0 nam
 def test_overrides_may_stand_behind_options(words: str, late: list[str]) -> None:
     from sicog_exp.cli import _parse, build_parser
 
-    args = _parse(build_parser(), ["evidence", "experiments/evidence.yaml", *words.split()])
+    args = _parse(build_parser(), ["ablate", "experiments/ablations/evidence.yaml", *words.split()])
     assert [word for word in late if word in args.overrides] == late
-    assert args.recipe == "experiments/evidence.yaml"
+    assert args.study == "experiments/ablations/evidence.yaml"
 
 
 def test_rows_that_cannot_be_used_stop_a_run_and_are_listed(

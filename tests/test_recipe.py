@@ -100,7 +100,14 @@ WRONG = [
     ("sampling.cod=1.5", r"sampling\.cod=1\.5: expected int"),
     ("name=3", r"name=3: expected str"),
     ("self_data=1", r"self_data=1: expected bool"),
-    ("start=middle", r"start='middle': allowed: base, previous"),
+    ("start=middle", r"start='middle': allowed: base, previous, parts"),
+    ("start=parts", r"start=parts, align\.steps=0, align\.projector_lr=0\.001: .*set both above 0"),
+    ("caps.cod=-1", r"caps: cod=-1: must be 0 or more, or null"),
+    ("caps.coot=1", r"caps\.coot: unknown key; .*did you mean cot\?"),
+    ("preference.beta=0", r"preference: beta=0\.0: must be above 0"),
+    ("preference.rejected=worst", r"preference\.rejected='worst': allowed: low_score, corrupted"),
+    ("preference.images=-1", r"preference: images=-1: must be 0 \(all\) or more"),
+    ("preference.batch_size=30", r"preference: batch_size=30: must be a multiple of micro_batch_size=32"),
     ("data.source=coco", r"data\.source='coco': allowed: world, easyvqa, own"),
     ("data=3", r"data=3: expected a mapping of source"),
     ("seed.x=1", r"seed=\{'x': 1\}: expected int"),
@@ -140,8 +147,19 @@ def test_impossible_combinations(file: Path) -> None:
     with pytest.raises(RecipeError, match="sampling asks for no candidate"):
         load(file, nothing)
     assert not load(file, [*nothing, "self_data=false"]).self_data
+    single = [f"sampling.{kind}=1" for kind in ("cod", "dd", "cot", "direct")]
+    with pytest.raises(RecipeError, match=r"preference\.rejected=low_score needs two candidates of one kind"):
+        load(file, [*single, "preference.steps=1"])
+    assert load(file, [*single, "preference.steps=1", "preference.rejected=corrupted"]).preference.steps == 1
     with pytest.raises(RecipeError, match="one above 0"):
         load(file, [f"mixture.{field.name}=0" for field in dataclasses.fields(MixtureConfig)])
+
+
+def test_a_section_that_is_given_in_part_keeps_its_other_defaults(file: Path) -> None:
+    """`align` trains the projector alone, whatever else is said of it."""
+    align = load(file, ["align.steps=5"]).align
+    assert (align.steps, align.vision_lr, align.projector_lr, align.language_lr) == (5, 0.0, 1e-3, 0.0)
+    assert load(file, ["align.steps=5", "start=parts", "align.vision_lr=1e-4"]).align.vision_lr == 1e-4
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1,\n", "a: 1\na: 2\n", "just words", "name: '${'"])

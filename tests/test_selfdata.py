@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sicog_exp.prompts import prompt, question_of, structured
-from sicog_exp.recipe import CurationConfig, ModelConfig, SamplingConfig
+from sicog_exp.recipe import CurationConfig, ModelConfig, Recipe, RecipeError, SamplingConfig, StageConfig
 from sicog_exp.records import Record, conversation, read_jsonl, read_records, write_jsonl, write_records
-from sicog_exp.selfdata import CurationTask, PoolTask, curate, pool_rows, requests_for, training_rows
-from sicog_exp.store import Artifact, Workplace
+from sicog_exp.selfdata import (
+    GROUPS,
+    CurationTask,
+    PoolTask,
+    SelfDataModule,
+    check_truth,
+    curate,
+    pool_rows,
+    requests_for,
+    training_rows,
+)
+from sicog_exp.store import Artifact, Store, Workplace
+from sicog_exp.training.stages import WEIGHTS, TrainingTask
 
 COT = structured("cot", ("find color", "red dog", "dog red", "red"))
 
@@ -57,6 +69,35 @@ def test_iterations_give_pooled_candidates_keys_of_their_own(tmp_path: Path) -> 
         for request in requests_for(task(iteration=iteration, cot=3, direct=1), [unlabeled(1)], tmp_path):
             keys |= {(request.kind, request.first_index + i) for i in range(request.count)}
     assert len(keys) == 3 * (3 + 1)
+
+
+@pytest.mark.parametrize(("pooled", "counts"), [(True, [3, 6, 9]), (False, [3, 3, 3])])
+def test_candidates_are_pooled_over_iterations_or_fresh(pooled: bool, counts: list[int], tiny_model: Path,
+                                                        world_images: list[Path], tmp_path: Path) -> None:  # fmt: skip
+    """The authors' runs: N = 3, 6, 9 over three iterations, each candidate a draw of its own."""
+    data = tmp_path / "data"
+    data.mkdir()
+    records = [unlabeled(0), replace(unlabeled(1, "cod"), messages=conversation(prompt("cod"), None, ("1.png",)))]
+    write_records(data / "unlabeled.parquet", records)
+    for image in world_images[:2]:
+        (data / image.name).write_bytes(image.read_bytes())
+    model = Artifact(tiny_model, {"fingerprint": "model"}, True)
+    sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=12, batch_size=4)
+    machine, store = ModelConfig(device="cpu", threads=1), Store(tmp_path / "store")
+    curation = CurationConfig(caption_threshold=0.0, reasoning_threshold=0.0, require_format=False)
+    training = TrainingTask(StageConfig(), machine, {"self_cot": 1.0}, 0)
+    earlier: list[Artifact] = []
+    for iteration, count in enumerate(counts):
+        drawn = PoolTask(sampling, machine, "caption", iteration, 0)
+        module = SelfDataModule(drawn, curation, training, model, Artifact(data, {"fingerprint": "data"}, True),
+                                dict.fromkeys(GROUPS, model), earlier, store.run)  # fmt: skip
+        module.prepare_data()
+        rows = list(read_jsonl(module.inputs["curated"] / "pool.jsonl"))
+        assert {row["id"]: len(row["candidates"]) for row in rows} == {"u0": count, "u1": count}
+        keys = [(row["sample_id"], row["kind"], row["index"])
+                for pool in module.pools for row in read_jsonl(pool / "candidates.jsonl")]  # fmt: skip
+        assert len(set(keys)) == len(keys) == 2 * count
+        earlier = module.pools if pooled else []
 
 
 def test_defect_outputs_are_zipped_with_the_wrong_images(tmp_path: Path) -> None:
@@ -106,6 +147,91 @@ def test_a_response_that_spells_an_image_placeholder_stops_nothing(odd: str, tmp
     curate(CurationTask(CurationConfig()), inputs, Workplace(out, scratch))
     assert [record.id for record in read_records(out / "self.parquet")] == ["u1:direct"]
     assert {row["id"]: row["kept"] for row in read_jsonl(out / "curated.jsonl")} == {"u0": False, "u1": True}
+
+
+def test_the_pool_keeps_what_scorers_and_quotas_ask_for(tmp_path: Path) -> None:
+    record = replace(unlabeled(0), family="naming")
+    (row,) = pool_rows([record], [pool(tmp_path / "p0", [candidate("u0", "direct", "red")])])
+    assert row["family"] == "naming"
+    assert row["candidates"] == [
+        {"kind": "direct", "text": "red", "finish_reason": "stop", "logprob": -1.0, "tokens": 2}]  # fmt: skip
+    (plain,) = pool_rows([unlabeled(0)], [pool(tmp_path / "p1", [candidate("u0", "direct", "red")])])
+    assert "family" not in plain
+
+
+def test_rows_that_were_decided_apart_train_apart() -> None:
+    row = {"id": "u1", "kind": "reasoning", "prompt": "What color?", "chosen": COT, "chosen_kind": "cot"}
+    (only,) = training_rows({**row, "rows": [{"kind": "direct", "text": "red", "score": 1.0}]}, ("1.png",))
+    assert (only.id, only.kind, only.response, only.source) == ("u1:direct", "direct", "red", "self_direct")
+    (chain,) = training_rows({**row, "rows": [{"kind": "cot", "text": COT, "score": 1.0}]}, ("1.png",))
+    assert (chain.id, chain.response, chain.source) == ("u1:cot", COT, "self_cot")
+
+
+def curated(folder: Path, truth: list[dict[str, Any]], rows: list[dict[str, Any]], **options: Any) -> Path:
+    """A curate step's folder over records u0, u1, ... of which `truth` is known."""
+    data, out, scratch = folder / "data", folder / "out", folder / "scratch"
+    for path in (data, out, scratch):
+        path.mkdir()
+    write_records(data / "unlabeled.parquet", [unlabeled(i) for i in range(3)])
+    write_jsonl(data / "truth.jsonl", truth)
+    inputs = {"data": Artifact(data, {}, True), "pool00": pool(folder / "pool", rows)}
+    curate(CurationTask(CurationConfig(**options)), inputs, Workplace(out, scratch))
+    return out
+
+
+TRUTH = [{"id": "u0", "answer": "red", "chain": COT, "family": ""}, {"id": "u1", "answer": "blue", "family": ""}]
+ROWS = [candidate("u0", "direct", "red"), candidate("u0", "direct", "green", 1), candidate("u0", "direct", "green", 2),
+        candidate("u1", "direct", "green"), candidate("u2", "direct", "green")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("select", "expected"), [
+    ("best", {"u0:direct": "green", "u1:direct": "green", "u2:direct": "green"}),
+    ("oracle", {"u0:direct": "red"}),
+    ("truth", {"u0:cot": COT, "u0:direct": "red", "u1:direct": "blue"}),
+])  # fmt: skip
+def test_upper_bounds_train_on_what_is_true(select: str, expected: dict[str, str], tmp_path: Path) -> None:
+    out = curated(tmp_path, TRUTH, ROWS, select=select, reasoning_threshold=0.5)
+    assert {record.id: record.response for record in read_records(out / "self.parquet")} == expected
+    assert len(list(read_jsonl(out / "curated.jsonl"))) == 3
+
+
+def test_curation_does_not_read_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: Path) -> None:
+        raise AssertionError("the truth was read")
+
+    monkeypatch.setattr("sicog_exp.selfdata.read_truth", refused)
+    for select in ("best", "random"):
+        (tmp_path / select).mkdir()
+        curated(tmp_path / select, TRUTH, ROWS, select=select)
+    (tmp_path / "oracle").mkdir()
+    with pytest.raises(AssertionError, match="was read"):
+        curated(tmp_path / "oracle", TRUTH, ROWS, select="oracle")
+
+
+def test_weights_name_the_rows_that_train(tmp_path: Path) -> None:
+    options = {"reasoning_threshold": 0.5, "disagreement_weight": 3.0}
+    rows = [candidate("u0", "cot", COT), candidate("u0", "cot", COT, 1), candidate("u0", "direct", "blue")]
+    out = curated(tmp_path, [], rows, **options)
+    weight = pytest.approx(1 + 2 * 2 / 3, abs=1e-6)
+    rows_of = [{"id": f"u0:{kind}", "weight": weight} for kind in ("cot", "direct")]
+    assert list(read_jsonl(out / WEIGHTS)) == rows_of
+    (tmp_path / "plain").mkdir()
+    assert not (curated(tmp_path / "plain", [], rows) / WEIGHTS).exists()
+
+
+def test_an_upper_bound_without_a_truth_stops_at_the_start(tmp_path: Path) -> None:
+    write_records(tmp_path / "unlabeled.parquet", [unlabeled(0), unlabeled(1, "cod")])
+    known = [{"id": "u0", "answer": "red", "family": ""}]
+    data, recipe = Artifact(tmp_path, {}, True), Recipe(curation=CurationConfig(select="truth"))
+    write_jsonl(tmp_path / "truth.jsonl", [])
+    with pytest.raises(RecipeError, match=r"curation\.select=truth: data\.source=world knows no truth.*caption items"):
+        check_truth(recipe, data)
+    write_jsonl(tmp_path / "truth.jsonl", known)
+    with pytest.raises(RecipeError, match=r"caption items.*sampling\.cod=0 and sampling\.dd=0"):
+        check_truth(recipe, data)
+    check_truth(replace(recipe, sampling=SamplingConfig(cod=0, dd=0)), data)
+    check_truth(replace(recipe, curation=CurationConfig(select="random")), data)
+    check_truth(replace(recipe, self_data=False), data)
 
 
 def test_questions_are_found_again_in_their_prompts() -> None:

@@ -19,7 +19,7 @@ from sicog_exp import tracking
 from sicog_exp.experiment import headline
 from sicog_exp.models.loading import ModelSource, load_model, save_model
 from sicog_exp.progress import Display
-from sicog_exp.recipe import Recipe, TrackingConfig, load
+from sicog_exp.recipe import CurationConfig, Recipe, TrackingConfig, load
 from sicog_exp.runner import Runner
 from sicog_exp.store import Artifact, Step, Store, Workplace
 from sicog_exp.tracking import PARAMETER_LIMIT, PARENT, Tracker, code_version, flat
@@ -219,6 +219,19 @@ def test_no_registration_when_switched_off(home: Path, experiment: Experiment) -
     tracker.promote(0)
     assert not tracker.client.search_registered_models("name = 'sicog-private'")
     tracker.finish()
+
+
+def test_an_upper_bound_is_marked_and_never_the_champion_of_the_registry(home: Path, experiment: Experiment) -> None:
+    recipe = Recipe(name="bound", curation=CurationConfig(select="oracle"))
+    tracker = Tracker(recipe)
+    tracker.register(0, experiment.models[0])
+    tracker.promote(0)
+    assert not tracker.client.search_registered_models("name = 'sicog-bound'")
+    for run in (tracker.run_id, tracker.generation(0)):
+        assert tracker.client.get_run(run).data.tags["sicog.upper_bound"] == "oracle"
+        assert tracker.client.get_run(run).data.params["curation.select"] == "oracle"
+    tracker.finish()
+    assert "sicog.upper_bound" not in tracker.client.get_run(experiment.tracker.run_id).data.tags
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("bad row"), "FAILED"), (KeyboardInterrupt(), "KILLED")])

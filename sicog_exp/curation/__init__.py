@@ -1,7 +1,8 @@
 """Curation by self-consistency (paper.md, section Curation): no ground truth, no judge.
 
-`similarity` compares texts, `consistency` turns similarities or answers into scores and a choice, `filters` sets aside
-what cannot be compared or repeats what is kept, `curate` joins them item by item, `files` runs it on a JSONL file.
+`filters` sets aside what cannot be compared or repeats what is kept, `similarity` compares texts, `consistency` and
+`scorers` turn that into scores, `selection` into decisions; `curate` joins them item by item, `files` runs it on a
+JSONL file. `oracle` alone lets a truth choose, for upper bounds that are no results.
 """
 
 from __future__ import annotations

@@ -44,19 +44,20 @@ def agreement_scores(answers: Sequence[str], include_self: bool) -> list[float]:
     return [round((counts[answer] - own) / total, DECIMALS) for answer in answers]
 
 
-def choose(scores: Sequence[float], kinds: Sequence[str], evidence: Sequence[str]) -> int:
+def choose(scores: Sequence[float], kinds: Sequence[str], evidence: Sequence[str],
+           support: Sequence[float] | None = None) -> int:  # fmt: skip
     """The index of the best candidate. Raises ValueError when there is none.
 
     Ties in score go to a structured kind (cod, cot), whose steps are worth training on; then to the candidate whose
-    evidence agrees most with the other candidates' (a chain whose observations nobody shares may be right by luck);
-    then to the lowest index.
+    evidence agrees most with the other candidates' (a chain whose observations nobody shares may be right by luck), as
+    `support` says where it is given; then to the lowest index.
     """
     best = max(scores)
     tied = [i for i, score in enumerate(scores) if score == best]
     tied = [i for i in tied if kinds[i] in STEPS] or tied
     if len({evidence[i] for i in tied}) == 1:
         return tied[0]
-    support = evidence_agreement(evidence)
+    support = evidence_agreement(evidence) if support is None else support
     return max(tied, key=lambda i: (support[i], -i))
 
 

@@ -1,7 +1,7 @@
 """How good is what curation chose? Candidates against the truth of unlabeled items, where their source knows it.
 
 The truth is used for diagnosis only: it is read after curation, from a finished artifact, and nothing that is computed
-here chooses, keeps or trains on a candidate.
+here chooses, keeps or trains on a candidate. (Upper bounds, which do that on purpose, stand apart in `oracle.py`.)
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ QUALITY_NAMES: dict[Group, str] = {"caption": "precision", "reasoning": "right"}
 
 @dataclass(frozen=True)
 class Truth:
-    """What the source knows of one unlabeled item: its answer, or its description."""
+    """What the source knows of one unlabeled item: its answer, or its description; `chain` is the same in steps, ""
+    where the source writes none."""
 
     text: str
     family: str = ""
+    chain: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,18 @@ class Quality:
 class Choice:
     """The chosen candidate of one item; what needs its truth is None where that is unknown.
 
-    `random` is the mean quality of the item's valid candidates: what a random choice gets in expectation. `unanimous`:
-    do all of two or more valid answers agree (None for captions and for fewer answers)?
+    `score` is None for a ground truth, which nobody scored. `random` is the mean quality of the item's valid
+    candidates: what a random choice gets in expectation; `oracle` is the best of them. `unanimous`: do all of two or
+    more valid answers agree (None for captions and for fewer answers)?
     """
 
-    score: float
+    score: float | None
     kept: bool
     family: str = ""
     quality: Quality | None = None
     random: float | None = None
     unanimous: bool | None = None
+    oracle: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,22 @@ class Diagnosis:
     def precision_chosen(self) -> float | None:
         """Quality over all items: against `precision_random` it says what choosing alone brings."""
         return _precision(self.choices)
+
+    @property
+    def precision_oracle(self) -> float | None:
+        """Quality over all items of an oracle that picks the best valid candidate of each: the ceiling of choosing."""
+        return _mean(choice.oracle for choice in self.choices)
+
+    @property
+    def ceiling_share(self) -> float | None:
+        """How far choosing goes from a random candidate (0) to the ceiling (1), whatever is kept of it afterwards; None
+        where the pool leaves no choice, and for ground truths, which are no choice from it."""
+        random, chosen, oracle = self.precision_random, self.precision_chosen, self.precision_oracle
+        if random is None or chosen is None or oracle is None or oracle <= random:
+            return None
+        if any(choice.score is None for choice in self.choices):
+            return None
+        return (chosen - random) / (oracle - random)
 
     @property
     def precision_kept(self) -> float | None:
@@ -139,15 +159,16 @@ def diagnose(curated: Path, data: Path) -> dict[Group, Diagnosis]:
     for row in read_jsonl(curated / "pool.jsonl"):
         verdict = verdicts.get(row["id"])  # none where curation could not use the row
         if verdict is not None and verdict["chosen"] is not None:
-            candidates = [row["candidates"][at] for at in valid[row["id"]]]
-            choices[row["kind"]].append(_choice(verdict, candidates, truths.get(row["id"])))
+            candidates = [row["candidates"][at] for at in valid.get(row["id"], ())]
+            choices[row["kind"]].append(choice_of(verdict, candidates, truths.get(row["id"])))
     return {group: Diagnosis(group, items[group], known[group], tuple(choices[group]))
             for group in GROUPS if items[group]}  # fmt: skip
 
 
 def read_truth(data: Path) -> dict[str, Truth]:
     """Item id -> what the data artifact's `truth.jsonl` knows of it."""
-    return {row["id"]: Truth(row["answer"] if "answer" in row else row["description"], row["family"])
+    return {row["id"]: Truth(row["answer"] if "answer" in row else row["description"], row["family"],
+                             row.get("chain", ""))
             for row in read_jsonl(data / "truth.jsonl")}  # fmt: skip
 
 
@@ -175,7 +196,7 @@ def final_of(kind: Kind, text: str) -> str:
     return final_text(kind, text) or text.strip()
 
 
-def _choice(verdict: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], truth: Truth | None) -> Choice:
+def choice_of(verdict: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], truth: Truth | None) -> Choice:
     """Judge one item; equal final texts are judged once."""
     group: Group = verdict["kind"]
     finals = Counter(final_of(candidate["kind"], candidate["text"]) for candidate in candidates)
@@ -183,9 +204,11 @@ def _choice(verdict: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]],
     if truth is None:
         return Choice(verdict["score"], verdict["kept"], unanimous=unanimous)
     judged = {final: quality(group, final, truth.text) for final in finals}
-    random = sum(judged[final].precision * count for final, count in finals.items()) / finals.total()
-    chosen = judged[final_of(verdict["chosen_kind"], verdict["chosen"])]
-    return Choice(verdict["score"], verdict["kept"], truth.family, chosen, random, unanimous)
+    final = final_of(verdict["chosen_kind"], verdict["chosen"])
+    chosen = judged[final] if final in judged else quality(group, final, truth.text)  # a ground truth is no candidate
+    random = sum(one.precision * finals[text] for text, one in judged.items()) / finals.total() if judged else None
+    oracle = max((one.precision for one in judged.values()), default=None)
+    return Choice(verdict["score"], verdict["kept"], truth.family, chosen, random, unanimous, oracle)
 
 
 def _unanimous(finals: Counter[str]) -> bool | None:

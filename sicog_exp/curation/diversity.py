@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise, product
@@ -82,7 +82,7 @@ def measure(group: Group, verdicts: Sequence[Mapping[str, Any]], reasons: Sequen
             families: Mapping[str, str] | None = None, encoder: str = "lexical") -> Diversity:  # fmt: skip
     """One group from its rows of `curated.jsonl` and, of every candidate, the reason why it was set aside (or None)."""
     kept = sorted((row for row in verdicts if row["kept"]), key=lambda row: seeded_index(ORDER, row["id"], 2**48))
-    texts = [_said(row) for row in kept]
+    texts = [said(row) for row in kept]
     words = [words_of(text) for text in texts]
     dropped = sum(row["reason"] in REPEATED for row in verdicts)
     sample = texts[:SAMPLE]
@@ -92,7 +92,7 @@ def measure(group: Group, verdicts: Sequence[Mapping[str, Any]], reasons: Sequen
         vocabulary=len({word for text in words for word in text}),
         distinct_1=distinct_share([word for text in words for word in text]),
         distinct_2=distinct_share([pair for text in words for pair in pairwise(text)]),
-        answer_entropy=_answer_entropy(kept, families or {}) if group == "reasoning" else None,
+        answer_entropy=family_entropy(_answers(kept, families or {})) if group == "reasoning" else None,
         pairwise_similarity=_mean_of_pairs(LexicalEncoder(), sample),
         embedding_spread=None if encoder == "lexical" else _spread(encoder, sample),
         format_valid=1 - sum(r in FORMAT_REASONS for r in reasons) / len(reasons) if reasons else None,
@@ -126,6 +126,12 @@ def collapse_alarms(curated: Sequence[Path], data: Path, fall: float) -> list[st
 # The parts.
 
 
+def said(row: Mapping[str, Any]) -> str:
+    """The chosen response without the headers of its steps, which every response repeats."""
+    kind, text = row["chosen_kind"], row["chosen"]
+    return "\n".join((steps_of(kind, text) if kind in STEPS else None) or (text,))
+
+
 def distinct_share(tokens: Sequence[Hashable], size: int = WORDS) -> float | None:
     """Distinct tokens as a share, averaged over pieces of `size` tokens; None where there is no whole piece."""
     pieces = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
@@ -139,18 +145,19 @@ def entropy(counts: Counter[str]) -> float:
     return plain + (len(counts) - 1) / (2 * total * math.log(2))
 
 
-def _answer_entropy(kept: Sequence[Mapping[str, Any]], families: Mapping[str, str]) -> float | None:
-    """Averaged over question families by their number of answers; rows of no known family are one family."""
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
+def family_entropy(answers: Iterable[tuple[str, str]]) -> float | None:
+    """Bits of (question family, answer) pairs within families, averaged over these by their number of answers."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for family, answer in answers:
+        found[family][answer] += 1
+    total = sum(counts.total() for counts in found.values())
+    return sum(entropy(counts) * counts.total() for counts in found.values()) / total if total else None
+
+
+def _answers(kept: Sequence[Mapping[str, Any]], families: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Rows of no known family are one family."""
     for row in kept:
-        answers[families.get(row["id"], "")][normalize_answer(final_of(row["chosen_kind"], row["chosen"]))] += 1
-    return sum(entropy(found) * found.total() for found in answers.values()) / len(kept) if kept else None
-
-
-def _said(row: Mapping[str, Any]) -> str:
-    """The chosen response without the headers of its steps, which every response repeats."""
-    kind, text = row["chosen_kind"], row["chosen"]
-    return "\n".join((steps_of(kind, text) if kind in STEPS else None) or (text,))
+        yield families.get(row["id"], ""), normalize_answer(final_of(row["chosen_kind"], row["chosen"]))
 
 
 def _mean_of_pairs(encoder: Encoder, texts: Sequence[str]) -> float | None:

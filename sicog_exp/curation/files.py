@@ -1,14 +1,17 @@
 """Curation of any JSONL file of candidates, behind `sicog curate`.
 
 A row is `{"id", "kind", "prompt", "image", "candidates": [...]}`. `kind` is caption or reasoning, or one of cod, dd,
-cot, direct; `image` may be null; a candidate is a string, or an object with `text` and optionally `kind` and
-`finish_reason`. What cannot be used is listed in `rejected.jsonl`: a bad row is set aside whole (`position` null), a
-bad candidate alone, its row goes on with the others.
+cot, direct; `image` may be null, a question's `family` may be named; a candidate is a string, or an object with `text`
+and optionally `kind`, `finish_reason`, and `logprob` with `tokens`, which a likelihood scorer needs. What cannot be
+used is listed in `rejected.jsonl`: a bad row is set aside whole (`position` null), a bad candidate alone, its row goes
+on with the others.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,13 +20,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from sicog_exp.curation import CurationError
-from sicog_exp.curation.curate import ITEM_KINDS, Decision, Item, Response, Tally, curate, group_of
+from sicog_exp.curation.curate import Tally, curate
 from sicog_exp.curation.filters import infer_kind
+from sicog_exp.curation.items import GROUPS, ITEM_KINDS, CandidateScore, Decision, Group, Item, Response, group_of
+from sicog_exp.curation.selection import Judge, row_thresholds, threshold_of
 from sicog_exp.curation.similarity import Encoder, build_encoder
 from sicog_exp.prompts import CAPTION_KINDS, REASONING_KINDS, STEPS, Kind
 from sicog_exp.recipe import CurationConfig
 
 OUTPUTS = ("curated", "scores", "preferences", "rejected")
+_NUMBERS = (int, float)  # made once: isinstance is called for every candidate
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+"""One encoder for all rows, where `json.dumps` would make a new one for each."""
 
 
 class _BadInput(ValueError):
@@ -34,7 +42,8 @@ class _BadInput(ValueError):
         self.reason, self.fix = reason, fix
 
 
-def curate_file(candidates: Path, out: Path, config: CurationConfig, encoder: Encoder | None = None) -> dict[str, Any]:
+def curate_file(candidates: Path, out: Path, config: CurationConfig, encoder: Encoder | None = None,
+                upper_bound: Judge | None = None) -> dict[str, Any]:  # fmt: skip
     """Curate a file into the folder `out`; returns what it writes to `summary.json`. `encoder` is the one that the
     config names, where it has been built already.
 
@@ -42,18 +51,19 @@ def curate_file(candidates: Path, out: Path, config: CurationConfig, encoder: En
     (chosen and rejected responses of kept items), `rejected.jsonl` and `summary.json`, together: a killed run leaves
     the files of an earlier one as they were. The same input and config give the same bytes. Raises CurationError,
     naming file and fix, when no row is usable, a file cannot be read or written, or the encoder cannot be used.
+    `upper_bound` decides for `config.select` oracle and truth, which look at what no file of candidates holds.
     """
     candidates, out = Path(candidates), Path(out)
     encoder = encoder or build_encoder(config.encoder)
     try:
         with candidates.open("rb") as source, _Outputs(out) as outputs:
             reader, tally = _Reader(candidates.name, source, outputs.files["rejected"]), Tally()
-            for decision in curate(reader.items(), config, encoder):
+            for decision in curate(reader.items(), config, encoder, upper_bound, out):
                 tally.add(decision)
                 _write_decision(outputs.files, decision)
             if not reader.usable:
                 raise CurationError(_nothing_usable(candidates, reader))
-            summary = {**reader.summary(), **tally.summary(), **_settings(config)}
+            summary = {**reader.summary(), **tally.summary(), **_settings(config, tally)}
             outputs.publish(summary)
     except OSError as error:
         raise CurationError(f"{error.filename or candidates}: {error.strerror or error}; check the paths of the "
@@ -61,9 +71,24 @@ def curate_file(candidates: Path, out: Path, config: CurationConfig, encoder: En
     return summary
 
 
-def _settings(config: CurationConfig) -> dict[str, Any]:
-    thresholds = {"caption": config.caption_threshold, "reasoning": config.reasoning_threshold}
+def read_items(candidates: Path) -> Iterator[Item]:
+    """The usable rows of a file of candidates, as `curate_file` takes them; what it lists as rejected is left out."""
+    try:
+        with candidates.open("rb") as source:
+            yield from _Reader(candidates.name, source, io.StringIO()).items()
+    except OSError as error:
+        raise CurationError(f"{candidates}: {error.strerror or error}; name the file that was curated") from error
+
+
+def _settings(config: CurationConfig, tally: Tally) -> dict[str, Any]:
+    """`thresholds`: the scores from which items were kept, by group."""
+    by_score = config.threshold_by == "score"
+    thresholds = {group: _lowest_threshold(config, group) if by_score else tally.lowest_kept(group) for group in GROUPS}
     return {"encoder": config.encoder, "thresholds": thresholds, "config": asdict(config)}
+
+
+def _lowest_threshold(config: CurationConfig, group: Group) -> float:
+    return min(row_thresholds(config, group).values(), default=threshold_of(config, group))
 
 
 def _nothing_usable(path: Path, reader: _Reader) -> str:
@@ -107,7 +132,7 @@ class _Outputs:
 
 
 def _write(file: IO[str], row: dict[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    file.write(_json(row) + "\n")
 
 
 def _write_decision(files: dict[str, IO[str]], decision: Decision) -> None:
@@ -116,13 +141,24 @@ def _write_decision(files: dict[str, IO[str]], decision: Decision) -> None:
     texts = {"chosen": chosen.text if chosen else None}
     rejected = decision.rejected.text if decision.rejected else None
     verdict = {"score": decision.score, "kept": decision.kept, "reason": decision.reason, "rejected": rejected}
-    _write(files["curated"], {**what, **texts, "chosen_kind": chosen.kind if chosen else None, **verdict})
+    kind = {"chosen_kind": chosen.kind if chosen else None}
+    _write(files["curated"], {**what, **texts, **kind, **verdict, **_training(decision)})
     for c in decision.candidates:
-        row = {"id": item.id, "position": c.position, "kind": c.kind, "score": c.score, "reason": c.reason}
-        _write(files["scores"], row)
+        _write(files["scores"], _score(item.id, c))
     if decision.kept and rejected is not None:
         pair = {"id": item.id, "prompt": item.prompt, "image": item.image, **texts, "rejected": rejected}
         _write(files["preferences"], pair)
+
+
+def _training(decision: Decision) -> dict[str, Any]:
+    """What differs from training on the chosen response whole, once, with its final text; usually nothing."""
+    rows = {} if decision.rows is None else {"rows": [asdict(row) for row in decision.rows]}
+    return rows if decision.weight is None else {**rows, "weight": decision.weight}
+
+
+def _score(id: str, c: CandidateScore) -> dict[str, Any]:
+    row = {"id": id, "position": c.position, "kind": c.kind, "score": c.score, "reason": c.reason}
+    return row if c.parts is None else {**row, "parts": c.parts}
 
 
 @dataclass
@@ -174,7 +210,9 @@ class _Reader:
             except _BadInput as error:
                 self._set_aside(number, row, position, error)
                 invalid.append(position)
-        return Item(row["id"], row["kind"], row["prompt"], row["image"], tuple(responses), tuple(invalid))
+        family = row.get("family")
+        return Item(row["id"], row["kind"], row["prompt"], row["image"], tuple(responses), tuple(invalid),
+                    family if isinstance(family, str) else "")  # fmt: skip
 
     def _set_aside(self, number: int, row: dict[str, Any], position: int | None, error: _BadInput) -> None:
         identity = row.get("id") if isinstance(row.get("id"), str) else None
@@ -230,15 +268,23 @@ def _response(value: Any, item_kind: str, position: int) -> Response:
     if not isinstance(text, str):
         keys = ", ".join(sorted(value)[:5]) or "none"
         raise _BadInput(f"the candidate has no text (keys: {keys})", "an error is no response: sample it again")
-    if not isinstance(finish, str | None):
+    if finish is not None and not isinstance(finish, str):
         raise _BadInput(f"finish_reason is a {type(finish).__name__}", "write stop, length or null")
-    kind = value.get("kind")
+    kind, likely = value.get("kind"), _mean_logprob(value)
     if kind is None:
-        return Response(text, _kind_of(text, item_kind), position, finish)
+        return Response(text, _kind_of(text, item_kind), position, finish, likely)
     allowed = CAPTION_KINDS if group_of(item_kind) == "caption" else REASONING_KINDS
     if kind not in allowed:
         raise _BadInput(f"kind {kind!r} in an item of kind {item_kind}", f"use {' or '.join(allowed)}")
-    return Response(text, kind, position, finish)
+    return Response(text, kind, position, finish, likely)
+
+
+def _mean_logprob(value: dict[str, Any]) -> float | None:
+    """Per token; None where either number is missing or none. Only a likelihood scorer minds."""
+    total, tokens = value.get("logprob"), value.get("tokens")
+    if isinstance(total, _NUMBERS) and isinstance(tokens, int) and tokens > 0 and math.isfinite(total):
+        return total / tokens
+    return None
 
 
 def _kind_of(text: str, item_kind: str) -> Kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sicog_exp.data.chat import ChatEncoder, ChatError, Example
+from sicog_exp.recipe import CapsConfig
 from sicog_exp.records import Record
 
 if TYPE_CHECKING:
@@ -83,15 +85,20 @@ def _size(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 class RecordSource:
-    """Records as rows; a conversation too long for the model is set aside and counted in `too_long`."""
+    """Records as rows; a conversation too long for the model is set aside and counted in `too_long`.
+
+    `weights` (by record id): how often each row is drawn, relative to the others; None: all alike.
+    """
 
     def __init__(self, name: str, records: Sequence[Record], images: ImageTensors, encoder: ChatEncoder,
-                 max_length: int) -> None:  # fmt: skip
+                 max_length: int, weights: Mapping[str, float] | None = None) -> None:  # fmt: skip
         self.name = name
         self._images, self._encoder = images, encoder
         self.too_long: list[str] = []
-        self._rows = [row for record in records if (row := self._encode(record, max_length))]
+        encoded = [(record.id, row) for record in records if (row := self._encode(record, max_length))]
+        self._rows = [row for _, row in encoded]
         self.rows: int | None = len(self._rows)
+        self.weights = [weights[id] for id, _ in encoded] if weights else None
 
     def _encode(self, record: Record, max_length: int) -> tuple[Example, tuple[str, ...]] | None:
         try:
@@ -105,17 +112,40 @@ class RecordSource:
         return Row(example, self._images.of(images), self.name)
 
 
+def capped(records: Sequence[Record], source: str, caps: CapsConfig, seed: int) -> list[Record]:
+    """What the caps leave of a source: of each kind, then of the whole, in the records' own order.
+
+    Which ones is a function of the seed and of their ids, so that a smaller cap keeps some of a larger one's.
+    """
+    kept = list(records)
+    for kind in ("cod", "dd", "cot", "direct"):
+        own = _drawn([record.id for record in kept if record.kind == kind], getattr(caps, kind), seed)
+        kept = [record for record in kept if record.kind != kind or record.id in own]
+    own = _drawn([record.id for record in kept], getattr(caps, source, None), seed)
+    return [record for record in kept if record.id in own]
+
+
+def _drawn(ids: Sequence[str], count: int | None, seed: int) -> set[str]:
+    if count is None:
+        return set(ids)
+    return set(sorted(ids, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())[:count])
+
+
 class Mixture:
     """Slot k of the training stream comes from a source by its share, and walks that source's rows in an order
-    reshuffled each epoch. Any slot is found without replaying those before it, so a resumed stage just goes on."""
+    reshuffled each epoch. Any slot is found without replaying those before it, so a resumed stage just goes on.
 
-    def __init__(self, sources: Sequence[tuple[Source, float]], seed: int) -> None:
+    `weights`: source -> its rows' weights, where some are drawn more often than others.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Source, float]], seed: int,
+                 weights: Mapping[str, Sequence[float]] | None = None) -> None:  # fmt: skip
         usable = [(source, share) for source, share in sources if share > 0 and source.rows != 0]
         if not usable:
             names = ", ".join(source.name for source, _ in sources) or "none"
             raise MixtureError(f"no training rows: every source with a share above 0 is empty (sources: {names})")
         self.sources = [source for source, _ in usable]
-        self._seed = seed
+        self._seed, self._weights = seed, weights or {}
         self._pattern = self._make_pattern(np.array([share for _, share in usable]))
         one_hot = self._pattern[:, None] == np.arange(len(usable))[None, :]
         self._ranks = np.cumsum(one_hot, axis=0)[np.arange(PATTERN), self._pattern] - 1
@@ -145,7 +175,9 @@ class Mixture:
 
     @lru_cache(maxsize=64)  # noqa: B019 - a mixture lives as long as its training stage
     def _order(self, number: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, 1, number, epoch]).permutation(self.sources[number].rows or 0)
+        rng, source = np.random.default_rng([self._seed, 1, number, epoch]), self.sources[number]
+        weights = self._weights.get(source.name)
+        return rng.permutation(source.rows or 0) if weights is None else weighted_order(weights, rng)
 
     def rows(self, first: int, count: int) -> list[Row]:
         return [self.sources[number].row(index) for number, index in map(self.locate, range(first, first + count))]
@@ -156,6 +188,14 @@ class Mixture:
         while True:
             yield self.rows(step * batch_size, batch_size)
             step += 1
+
+
+def weighted_order(weights: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+    """As many indices as there are rows, shuffled, each as often as its share of the weights says, rounded up or down
+    (systematic resampling)."""
+    reached = np.cumsum(weights) / np.sum(weights)
+    drawn = np.searchsorted(reached, (np.arange(len(reached)) + rng.random()) / len(reached), side="right")
+    return rng.permutation(np.minimum(drawn, len(reached) - 1))
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:

@@ -412,7 +412,8 @@ def read_annotated(file: Path, root: Path, folder: ImageFolder, intake: Intake,
 
 @dataclass(frozen=True)
 class Request:
-    """One unlabeled image, or one question about it. `answer` is kept for diagnostics only, where the row had one."""
+    """One unlabeled image, or one question about it. `answer`, where the row had one, is kept for diagnosis and
+    upper bounds alone."""
 
     image: str
     question: str = ""

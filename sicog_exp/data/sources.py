@@ -1,7 +1,8 @@
 """The three sources (built-in world, easy-vqa, a user's own files), each made into one data set directory.
 
 A directory holds `images/`, Parquet files of records (annotated, unlabeled, instruction, development, benchmark),
-`truth.jsonl` (answers of unlabeled records, for diagnostics only), `rejected.jsonl` and `summary.json`.
+`truth.jsonl` (what is known of unlabeled records: for diagnosis, and for upper bounds that are no results),
+`rejected.jsonl` and `summary.json`.
 Image paths in records are relative to the directory. No two splits share a picture.
 """
 
@@ -62,8 +63,9 @@ class Dataset:
         self.splits[split].append(Record(id, messages, (image,), kind, split, family))
 
     def add_truth(self, id: str, family: str = "", **known: str) -> None:
-        """What the source knows of an unlabeled record: its `answer` or its `description`."""
-        self.truth.append({"id": id, **known, "family": family})
+        """What the source knows of an unlabeled record: its `answer` or its `description`, and that in steps (`chain`)
+        where it writes them."""
+        self.truth.append({"id": id, **{name: text for name, text in known.items() if text}, "family": family})
 
 
 def build_dataset(config: DataConfig, directory: Path) -> None:
@@ -156,11 +158,12 @@ def _request(dataset: Dataset, known: Known) -> None:
     """One prompt for captions and one a question; what is known goes to the truth alone."""
     dataset.add("unlabeled", f"{known.id}:caption", "cod", known.image)
     if known.description:
-        dataset.add_truth(f"{known.id}:caption", description=known.description)
+        dataset.add_truth(f"{known.id}:caption", description=known.description, chain=known.chain)
     for i, q in enumerate(known.asked):
         dataset.add("unlabeled", f"{known.id}:q{i}", "cot", known.image, q.text, family=q.family)
         if q.answer:
-            dataset.add_truth(f"{known.id}:q{i}", q.family, answer=q.answer)
+            chain = q.chain if known.description else ""  # a chain lists all that is there
+            dataset.add_truth(f"{known.id}:q{i}", q.family, answer=q.answer, chain=chain)
 
 
 def _examine(dataset: Dataset, split: str, known: Known) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from numpy.typing import NDArray
 
 from sicog_exp.evaluation.benchmarks import Sample, read_samples
+from sicog_exp.evaluation.outcomes import weighted
 from sicog_exp.evaluation.statistics import (
     RESAMPLES,
     Interval,
@@ -113,6 +115,17 @@ def pooled(before: Sequence[Path], after: Sequence[Path], resamples: int = RESAM
             for task in tasks}  # fmt: skip
 
 
+def mean_gain(before: Path, after: Path, resamples: int = RESAMPLES) -> Paired:
+    """After minus before over all tasks, each with the same weight: what decides whether another generation pays.
+
+    Raises StatisticsError where two evaluation directories cover different tasks or questions.
+    """
+    results = [_by_task(before), _by_task(after)]
+    _check_tasks(results, 0, 1)
+    pairs = [_aligned(results[0][task], results[1][task]) for task in results[0]]
+    return paired(*weighted([(a, b, np.array(images)) for a, b, images in pairs]), resamples)
+
+
 def champion(generations: Sequence[Path], resamples: int = RESAMPLES) -> int:
     """The index of the generation to promote: never one that regresses beyond the noise.
 
@@ -152,11 +165,16 @@ def _interval(samples: Sequence[Sample], resamples: int) -> Interval:
 
 
 def _compared(results: Sequence[Mapping[str, list[Sample]]], before: int, after: int, resamples: int) -> list[Delta]:
+    _check_tasks(results, before, after)
+    first, second = results[before], results[after]
+    return [_delta(f"G{before}", f"G{after}", first[task], second[task], resamples) for task in first]
+
+
+def _check_tasks(results: Sequence[Mapping[str, list[Sample]]], before: int, after: int) -> None:
     first, second = results[before], results[after]
     if first.keys() != second.keys():
         raise StatisticsError(f"G{before} was scored on {', '.join(first)} and G{after} on {', '.join(second)}; "
                               "evaluate both on one suite")  # fmt: skip
-    return [_delta(f"G{before}", f"G{after}", first[task], second[task], resamples) for task in first]
 
 
 def _delta(before: str, after: str, first: list[Sample], second: list[Sample], resamples: int) -> Delta:

@@ -24,6 +24,7 @@ from sicog_exp.evaluation.statistics import (
     LEVEL,
     RESAMPLES,
     StatisticsError,
+    cluster_error,
     corrected,
     join,
     paired,
@@ -246,7 +247,7 @@ def compare(a: str, b: str, metric: str | None = None, resamples: int = RESAMPLE
     pairs = {task: [_aligned(x[task], y[task]) for x, y in zip(first, second)] for task in tasks}
     found = [_compared(a, b, task, first[0][task].metric, pairs[task], resamples) for task in tasks]
     if len(tasks) > 1:
-        overall = [_weighted([pairs[task][seed] for task in tasks]) for seed in range(len(first))]
+        overall = [weighted([pairs[task][seed] for task in tasks]) for seed in range(len(first))]
         metrics = {first[0][task].metric for task in tasks}
         name = metrics.pop() if len(metrics) == 1 else "each task's"
         found.append(_compared(a, b, OVERALL, name, overall, resamples))
@@ -279,7 +280,7 @@ def _aligned(a: Outcomes, b: Outcomes) -> Pair:
     return before, after, np.array([a.images[i] for i in ids])
 
 
-def _weighted(tasks: Sequence[Pair]) -> Pair:
+def weighted(tasks: Sequence[Pair]) -> Pair:
     """All tasks' questions as one set in which every task weighs the same."""
     total = sum(len(before) for before, _, _ in tasks)
     weights = [total / (len(tasks) * len(before)) for before, _, _ in tasks]
@@ -300,17 +301,6 @@ def _compared(a: str, b: str, task: str, metric: str, seeds: Sequence[Pair], res
         return replace(made, mcnemar_p=None if task == OVERALL else result.mcnemar_p)
     pooled = paired_pooled(list(seeds), resamples)
     return replace(made, per_seed=pooled.per_seed, spread=pooled.spread)
-
-
-def cluster_error(differences: NDArray, images: NDArray) -> float:
-    """Standard error of the mean, robust to questions about one image being alike; with one question an image it is
-    scipy.stats.sem. Infinite for a single image."""
-    _, index = np.unique(images, return_inverse=True)
-    sums = np.bincount(index, weights=differences - differences.mean())
-    count = len(sums)
-    if count < 2:
-        return float("inf")
-    return float(np.sqrt(count / (count - 1) * (sums**2).sum()) / len(differences))
 
 
 def detectable(error: float) -> float:

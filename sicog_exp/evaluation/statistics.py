@@ -62,7 +62,8 @@ class Paired:
 class Pooled:
     """B against A over several seeds: the questions' mean differences with an interval, and the spread over seeds.
 
-    `spread` is the standard deviation (n - 1) of `per_seed`; 0 for one seed.
+    `spread` is the standard deviation (n - 1) of `per_seed`; 0 for one seed. `p` is the two-sided t test with the
+    standard error of `cluster_error`: like the interval it takes images as independent, not questions.
     """
 
     difference: float
@@ -72,6 +73,7 @@ class Pooled:
     spread: float
     n: int
     clusters: int
+    p: float
 
     @property
     def clear(self) -> bool:
@@ -116,7 +118,29 @@ def paired_pooled(
     low, high, count = _bootstrap(means, groups, resamples, seed)
     per_seed = tuple(float(row.mean()) for row in rows)
     spread = float(np.std(per_seed, ddof=1)) if len(rows) > 1 else 0.0
-    return Pooled(float(means.mean()), low, high, per_seed, spread, len(means), count)
+    difference, p = float(means.mean()), _t_test(means, groups)
+    return Pooled(difference, low, high, per_seed, spread, len(means), count, p)
+
+
+def cluster_error(differences: NDArray, images: NDArray) -> float:
+    """Standard error of the mean, robust to questions about one image being alike; with one question an image it is
+    scipy.stats.sem. Infinite for a single image."""
+    _, index = np.unique(images, return_inverse=True)
+    sums = np.bincount(index, weights=differences - differences.mean())
+    count = len(sums)
+    if count < 2:
+        return float("inf")
+    return float(np.sqrt(count / (count - 1) * (sums**2).sum()) / len(differences))
+
+
+def _t_test(differences: NDArray, images: NDArray) -> float:
+    """Two-sided p that the mean is 0, with as many degrees of freedom as images less one; 1.0 for a single image."""
+    from scipy.stats import t
+
+    mean, error, count = float(differences.mean()), cluster_error(differences, images), len(np.unique(images))
+    if mean == 0 or count < 2:
+        return 1.0
+    return float(2 * t.sf(abs(mean) / error, count - 1)) if error else 0.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -108,6 +108,24 @@ def part_parameters(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     return result
 
 
+def renew_projector(model: PreTrainedModel, seed: int) -> None:
+    """Give the projector the random weights of its layers' own initialisation, drawn by `seed` alone.
+
+    Raises ModelError for a projector with weights that no layer of torch's initialises.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in (part for whole in part_modules(model)["projector"] for part in whole.modules()):
+            own = getattr(module, "reset_parameters", None)
+            if callable(own):
+                own()
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise ModelError(f"{type(model).__name__}: {type(module).__name__} in its projector has weights that "
+                                 "cannot be made anew; use start=base or start=previous for this model")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Work:
     """Parameters that multiply each position, by part, and the FLOPs that follow: 2 a parameter and position forward, 2

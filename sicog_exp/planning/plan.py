@@ -6,20 +6,22 @@ rows that are there. `expected_work` is the same plan for a run's progress displ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sicog_exp import loop
+from sicog_exp.curation.scorers import weights_of
 from sicog_exp.data.chat import ChatEncoder
 from sicog_exp.models.loading import resolve_base
 from sicog_exp.models.shapes import Shape, encoder_parameters, read_shape
 from sicog_exp.planning.contents import Contents, Rows, Ruler, read_contents
 from sicog_exp.planning.devices import DEVICES, Device
 from sicog_exp.planning.tasks import UNKNOWN_QUESTIONS, Asked, read_tasks
-from sicog_exp.prompts import KINDS, Kind
+from sicog_exp.prompts import COD_TURNS, KINDS, Kind
 from sicog_exp.recipe import Recipe, StageConfig
 from sicog_exp.selfdata import GROUPS, Group
+from sicog_exp.stopping import decides_by_scores
 
 ACTIVATIONS = 17
 """Numbers that training keeps of a token, a layer and a feature: Korthikanti et al. 2022 (arXiv 2205.05198), equation
@@ -149,6 +151,10 @@ class _Planner:
         self.recipe, self.shape, self.contents, self.price = recipe, shape, contents, price
         evaluation, unknown = recipe.evaluation, recipe.plan.benchmark_questions or UNKNOWN_QUESTIONS
         self.tasks = read_tasks(evaluation.suite, evaluation.split, contents.splits, unknown)
+        self.decisive = self.tasks
+        """What a stop rule decides by."""
+        if evaluation.split == "benchmark" and recipe.stop.no_gain:
+            self.decisive = read_tasks(evaluation.suite, "development", contents.splits, unknown)
         half = recipe.model.precision != "32-true"
         self.bytes = 2 if half else 4
         """Of a number in generation and in activations."""
@@ -158,9 +164,9 @@ class _Planner:
         recipe = self.recipe
         yield from self._beginning()
         yield from self._training(0, "instruct", recipe.instruct, loop.instruction_shares(recipe))
-        yield self._evaluation(0)
+        yield from self._scored(0)
         for g in range(1, recipe.iterations + 1):
-            if g > 1 and not recipe.self_data and recipe.start == "base":
+            if g > 1 and not recipe.self_data and recipe.start != "previous":
                 return  # the control's next generation is the same model
             yield from self._iteration(g)
 
@@ -172,17 +178,26 @@ class _Planner:
         unlabeled = contents.captions + contents.questions
         yield PlannedStep(0, "contamination", samples=sum(one.count for one in rows) + unlabeled)
         yield PlannedStep(0, "base", disk=weights or 2 * self.shape.parameters)
+        if self.recipe.start == "parts":
+            yield PlannedStep(0, "parts", disk=SAVED_BYTES * self.shape.parameters)
 
     def _iteration(self, g: int) -> Iterator[PlannedStep]:
         recipe = self.recipe
-        if g == 1 or recipe.start != "base":  # a later one from the base is the first one's, read from the store
+        if g == 1 or recipe.start == "previous":  # a later one from the base is the first one's, read from the store
             yield from self._training(g, "align", recipe.align, loop.ALIGN_SHARES, GROUPS["caption"])
         if recipe.self_data:
             yield from self._developing(g)
+            if recipe.preference.steps:
+                yield from self._preference(g)
             yield from self._self_data(g)
         yield from self._training(g, "pretrain", recipe.pretrain, loop.mixture_shares(recipe))
         yield from self._training(g, "instruct", loop.closing(recipe), loop.instruction_shares(recipe))
-        yield self._evaluation(g)
+        yield from self._scored(g)
+
+    def _scored(self, g: int) -> Iterator[PlannedStep]:
+        yield self._evaluation(g, "evaluate", self.tasks)
+        if decides_by_scores(self.recipe, g) and self.decisive is not self.tasks:
+            yield self._evaluation(g, "evaluate-development", self.decisive)
 
     def _developing(self, g: int) -> Iterator[PlannedStep]:
         shares, stage = {"annotated": 1.0}, self.recipe.develop
@@ -236,6 +251,8 @@ class _Planner:
         A kept caption in five steps gives its last step as a plain caption too.
         """
         sampling = self.recipe.sampling
+        if source == "self_turns":
+            return self._turns() if sampling.cod else None
         if source != "self_caption":
             kind: Kind = "cot" if source == "self_cot" else "direct"
             return _mixed([(replace(self.contents.asked[kind], count=1.0), self._sampled(kind))])
@@ -244,6 +261,11 @@ class _Planner:
         counts: dict[Kind, float] = {"cod": sampling.cod / (sampling.cod + sampling.dd), "dd": 1.0}
         return _mixed([(replace(self.contents.asked[kind], count=count), self._sampled(kind))
                        for kind, count in counts.items()])  # fmt: skip
+
+    def _turns(self) -> tuple[float, float, float]:
+        """A caption in five steps as a conversation: each turn has a prompt of its own."""
+        asked = self.contents.asked["cod"]
+        return len(COD_TURNS) * asked.text, asked.image, self._sampled("cod")
 
     def _state(self, stage: StageConfig) -> float:
         """Bytes of weights, and of gradients and AdamW's two moments where a part trains."""
@@ -265,20 +287,67 @@ class _Planner:
         return self.contents.asked[kind].new(self.recipe.sampling.max_new_tokens)
 
     def _self_data(self, g: int) -> Iterator[PlannedStep]:
-        sampling = self.recipe.sampling
-        items: dict[Group, float] = {"caption": self.contents.captions, "reasoning": self.contents.questions}
-        sampled: dict[Group, PlannedStep] = {}
-        for group, kinds in GROUPS.items():
-            counts = {kind: getattr(sampling, kind) for kind in kinds if getattr(sampling, kind)}
-            if counts and items[group]:
-                sampled[group] = self._pool(g, group, items[group], counts)
-                yield sampled[group]
-        yield from self._embedding(g, sampled)
-        rounds = g if sampling.pooled else 1
-        text = sum(POOL_BYTES * step.samples + TOKEN_BYTES * step.new_tokens for step in sampled.values())
-        yield PlannedStep(g, "curate", sum(items[group] for group in sampled), disk=POOL_COPIES * rounds * text)
+        sampled = self._pools(g, "generate")
+        yield from sampled.values()
+        yield from self._curating(g, "curate", sampled, g if self.recipe.sampling.pooled else 1)
 
-    def _pool(self, g: int, group: Group, items: float, counts: Mapping[Kind, int]) -> PlannedStep:
+    def _items(self) -> dict[Group, float]:
+        return {"caption": self.contents.captions, "reasoning": self.contents.questions}
+
+    def _pools(self, g: int, name: str, share: float = 1.0, most: int | None = None) -> dict[Group, PlannedStep]:
+        """Pools of a share of the items, with at most so many candidates of a kind."""
+        pools: dict[Group, PlannedStep] = {}
+        for group, kinds in GROUPS.items():
+            numbers = {kind: getattr(self.recipe.sampling, kind) for kind in kinds}
+            counts = {kind: min(count, most or count) for kind, count in numbers.items() if count}
+            items = self._items()[group]
+            if counts and items:
+                per_picture = len(counts) * items / max(self.contents.captions, 1.0)
+                pools[group] = self._pool(g, f"{name}-{group}", share * items, per_picture, counts)
+        return pools
+
+    def _curating(self, g: int, name: str, sampled: Mapping[Group, PlannedStep], rounds: int = 1,
+                  share: float = 1.0) -> Iterator[PlannedStep]:  # fmt: skip
+        yield from self._embedding(g, sampled)
+        text = sum(POOL_BYTES * step.samples + TOKEN_BYTES * step.new_tokens for step in sampled.values())
+        items = share * sum(self._items()[group] for group in sampled)
+        yield PlannedStep(g, name, items, disk=POOL_COPIES * rounds * text)
+
+    def _preference(self, g: int) -> Iterator[PlannedStep]:
+        """The steps of `preferences.preference_tuned`; every item is taken to give a pair."""
+        config, images = self.recipe.preference, self.contents.captions
+        share = min(config.images / images, 1.0) if config.images and images else 1.0
+        sampled = self._pools(g, "preference-generate", share)
+        items = share * sum(self._items()[group] for group in sampled)
+        yield PlannedStep(g, "preference-items", items)
+        yield from sampled.values()
+        yield from self._curating(g, "preference-curate", sampled, share=share)
+        if config.rejected == "corrupted":
+            yield PlannedStep(g, "preference-corrupt", items, disk=items * self.contents.picture_bytes)
+            yield from self._pools(g, "preference-reject", share, 1).values()
+        yield PlannedStep(g, "preference-pairs", items)
+        if self.recipe.generators == "mixed":
+            yield self._preferring(g, "preference", tuple(sampled), share)
+        else:
+            names: dict[Group, str] = {"caption": "perception", "reasoning": "reasoning"}
+            yield from (self._preferring(g, f"preference-{names[group]}", (group,), share) for group in sampled)
+
+    def _preferring(self, g: int, name: str, groups: tuple[Group, ...], share: float) -> PlannedStep:
+        """Pairs of two responses each; the reference reads every pair once before."""
+        stage, sampling, work = self.recipe.preference, self.recipe.sampling, self.shape.work
+        kinds = [(kind, self._items()[group] * getattr(sampling, kind)) for group in groups for kind in GROUPS[group]]
+        text, image, new = _mixed([(replace(self.contents.asked[kind], count=count), self._sampled(kind))
+                                   for kind, count in kinds]) or (0.0, 0.0, 0.0)  # fmt: skip
+        rows, read = 2.0 * stage.steps * stage.batch_size, 2 * share * sum(self._items()[group] for group in groups)
+        flops = work.training(rows * (text + image + new), rows * image, rows * new, self._trained(stage))
+        flops += work.sampling(read * (text + image), read * image, read * new)
+        state = self._state(stage)
+        activations = 2 * self._activations(stage, text + image + new, image, new)
+        return PlannedStep(g, name, rows, rows * (text + image), rows * image, rows * new, flops, state + activations,
+                           state, self.price.hours(flops), SAVED_BYTES * self.shape.parameters)  # fmt: skip
+
+    def _pool(self, g: int, name: str, items: float, per_picture: float, counts: Mapping[Kind, int]) -> PlannedStep:
+        """`per_picture`: requests about a picture."""
         asked, sampling = self.contents.asked, self.recipe.sampling
         image = items * sum(asked[kind].image for kind in counts)
         prompt = image + items * sum(asked[kind].text for kind in counts)
@@ -286,9 +355,8 @@ class _Planner:
         candidates = items * sum(counts.values())
         longest = max(asked[kind].text + asked[kind].image for kind in counts) + sampling.max_new_tokens
         memory = self._sampling_memory(sampling.batch_size * max(counts.values()), longest)
-        requests = items * len(counts)
-        share = encoded_share(requests, requests / max(self.contents.captions, 1.0), sampling.batch_size)
-        step = PlannedStep(g, f"generate-{group}", candidates, prompt, image, new, memory=memory,
+        share = encoded_share(items * len(counts), per_picture, sampling.batch_size)
+        step = PlannedStep(g, name, candidates, prompt, image, new, memory=memory,
                            disk=POOL_BYTES * candidates + TOKEN_BYTES * new)  # fmt: skip
         return self._sampling(step, share * image)
 
@@ -306,7 +374,7 @@ class _Planner:
     def _embedding(self, g: int, sampled: Mapping[Group, PlannedStep]) -> Iterator[PlannedStep]:
         """Final texts: a plain caption's or answer's length each, all taken for different."""
         config, plain = self.recipe.curation, {"caption": "dd", "reasoning": "direct"}
-        groups = [group for group in sampled if group == "caption" or config.reasoning_scorer == "similarity"]
+        groups = [group for group in sampled if "similarity" in weights_of(config, group)]
         if config.encoder == "lexical":
             return
         for group in groups:
@@ -320,16 +388,16 @@ class _Planner:
 
         return encoder_parameters(encoder_source(self.recipe.curation.encoder))
 
-    def _evaluation(self, g: int) -> PlannedStep:
+    def _evaluation(self, g: int, name: str, tasks: Sequence[Asked]) -> PlannedStep:
         config, asked = self.recipe.evaluation, self.contents.asked
-        questions = sum(task.questions for task in self.tasks)
-        image = sum(task.questions * asked[task.kind].image for task in self.tasks)
-        prompt = image + sum(task.questions * asked[task.kind].text for task in self.tasks)
-        new = sum(task.questions * asked[task.kind].new(self._limit(task)) for task in self.tasks)
-        longest = max(asked[task.kind].text + asked[task.kind].image + self._limit(task) for task in self.tasks)
-        shares = [encoded_share(task.questions, task.per_picture, config.batch_size) for task in self.tasks]
-        encoded = sum(share * task.questions * asked[task.kind].image for share, task in zip(shares, self.tasks))
-        step = PlannedStep(g, "evaluate", questions, prompt, image, new, disk=SCORED_BYTES * questions,
+        questions = sum(task.questions for task in tasks)
+        image = sum(task.questions * asked[task.kind].image for task in tasks)
+        prompt = image + sum(task.questions * asked[task.kind].text for task in tasks)
+        new = sum(task.questions * asked[task.kind].new(self._limit(task)) for task in tasks)
+        longest = max(asked[task.kind].text + asked[task.kind].image + self._limit(task) for task in tasks)
+        shares = [encoded_share(task.questions, task.per_picture, config.batch_size) for task in tasks]
+        encoded = sum(share * task.questions * asked[task.kind].image for share, task in zip(shares, tasks))
+        step = PlannedStep(g, name, questions, prompt, image, new, disk=SCORED_BYTES * questions,
                            memory=self._sampling_memory(config.batch_size, longest))  # fmt: skip
         return self._sampling(step, encoded)
 
@@ -357,6 +425,8 @@ class _Planner:
         yield (f"memory: {recipe.model.precision}, gradients and AdamW's two moments of what trains, activations of "
                f"one micro-batch of mean rows at {ACTIVATIONS} numbers a token, layer and feature (Korthikanti et al. "
                "2022), no recomputation; key/value caches at full length; no libraries")  # fmt: skip
+        if recipe.stop.no_gain or recipe.stop.collapse or recipe.stop.budget_flops:
+            yield "all iterations run: no stop rule ends them"
         if recipe.curation.encoder != "lexical" and not self._encoder_parameters():
             yield f"curation.encoder={recipe.curation.encoder} is not at hand: its compute is left out"
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from sicog_exp.planning.plan import Plan, PlannedStep
 from sicog_exp.reporting import charts
+from sicog_exp.reporting.costs import SAMPLING, SCORING
 
 COLUMNS = ("rows", "tokens read", "of images", "new tokens", "FLOP", "memory", "device time", "disk")
 PREFIXES = (*charts.PREFIXES, (1e3, "k"))
@@ -62,8 +63,8 @@ def _cells(step: PlannedStep) -> list[str]:
 
 def _sums(plan: Plan) -> Iterator[str]:
     price, total, made = plan.pricing, plan.total, stages(plan)
-    sampled = sum(step.hours for name, step in made.items() if name.startswith("generate"))
-    scored = sum(step.hours for name, step in made.items() if name == "evaluate")
+    sampled = sum(step.hours for name, step in made.items() if name.startswith(SAMPLING))
+    scored = sum(step.hours for name, step in made.items() if name.startswith(SCORING))
     where = f"{price.devices} x {price.device}"
     yield (f"device time: {duration(total.hours)}; {duration(total.hours - sampled - scored)} of training, "
            f"{duration(sampled)} of sampling, {duration(scored)} of evaluation; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Protocol
 
@@ -342,7 +342,7 @@ def _threshold(threshold: float, x: Scale, height: float) -> list[str]:
         return []
     place = x(threshold)
     after = place < (x.start + x.end) / 2
-    words = _text(place + (5 if after else -5), 26, f"threshold {threshold:g}", "start" if after else "end", INK)
+    words = _text(place + (5 if after else -5), 26, f"threshold {threshold:.4g}", "start" if after else "end", INK)
     return [_line(place, 16, place, height - BOTTOM, INK, 1.5, "4 3"), words]
 
 
@@ -393,6 +393,91 @@ def _at_threshold(lines: Sequence[_Line], threshold: float, x: Scale, y: Scale) 
     parts = [_dot(x(threshold), y(value), line.color, radius=3.5) for line, value in met]
     return parts + [_text(x(threshold) - 7, h, f"{value:.0f}%", "end", line.color, bold=True)
                     for (line, value), h in zip(met, heights)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value for every threshold of a sweep, None where it is not known; `band` holds its intervals."""
+
+    name: str
+    values: tuple[float | None, ...]
+    color: str = INK
+    dash: str = ""
+    band: tuple[tuple[float, float] | None, ...] = ()
+
+
+def by_threshold(curves: Sequence[Curve], thresholds: Sequence[float], today: float | None, title: str, label: str,
+                 shares: bool = True) -> str:  # fmt: skip
+    """Values against the threshold, as steps: a threshold keeps what the next score that occurs does.
+
+    `shares` are drawn in percent; the scale holds what occurs.
+    """
+    height, right = 230, WIDTH - 96
+    scaled = [_scaled(curve, 100 if shares else 1) for curve in curves]
+    low, high = _around([v for curve in scaled for v in curve.values if v is not None])
+    low, high = max(low, 0.0), min(high, 100.0) if shares else high
+    ends = [*thresholds, *([] if today is None else [today])]
+    x, y = Scale(min(ends), max(ends), LEFT + 4, right), Scale(low, high, height - BOTTOM, TOP + 22)
+    parts = _y_axis(y, title, right, 4) + _x_numbers(x, height, "threshold")
+    parts += [_band(curve, thresholds, x, y) for curve in scaled if curve.band]
+    for curve in scaled:
+        parts += _steps(curve, thresholds, x, y)
+    parts += [] if today is None else _threshold(today, x, height)
+    last = [(curve, next((v for v in reversed(curve.values) if v is not None), None)) for curve in scaled]
+    drawn = [(curve, value) for curve, value in last if value is not None]
+    heights = _spread([y(value) + 4 for _, value in drawn], 15, TOP, height - BOTTOM)
+    parts += [_text(right + 6, h, _shorten(curve.name, 90), color=curve.color)
+              for (curve, _), h in zip(drawn, heights)]  # fmt: skip
+    return _svg(height, label, parts)
+
+
+def _scaled(curve: Curve, factor: float) -> Curve:
+    values = tuple(None if v is None else factor * v for v in curve.values)
+    return replace(curve, values=values, band=tuple(b and (factor * b[0], factor * b[1]) for b in curve.band))
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """A scale on which a change of a hundredth looks small."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    pad = max(0.1 * (high - low), 0.05 * abs(high)) or 1.0
+    return low - pad, high + pad
+
+
+def _steps(curve: Curve, thresholds: Sequence[float], x: Scale, y: Scale) -> list[str]:
+    points: list[tuple[float, float]] = []
+    for i, (threshold, value) in enumerate(zip(thresholds, curve.values, strict=True)):
+        if value is not None:
+            points += [(x(thresholds[i - 1]), y(value))] if points else []
+            points.append((x(threshold), y(value)))
+    dots = [_dot(x(t), y(v), curve.color, hint=f"{curve.name} at {t:g}: {v:.3g}", radius=2.5)
+            for t, v in zip(thresholds, curve.values) if v is not None]  # fmt: skip
+    return [_path(points, curve.color, 2, curve.dash), *dots]
+
+
+def _band(curve: Curve, thresholds: Sequence[float], x: Scale, y: Scale) -> str:
+    """The intervals as a shaded area, with the steps of their line."""
+    known = [(i, band) for i, band in enumerate(curve.band) if band]
+    low, high = [], []
+    for place, (i, (bottom, top)) in enumerate(known):
+        starts = [x(thresholds[i - 1])] if place else []
+        for px in (*starts, x(thresholds[i])):
+            low.append((px, y(bottom)))
+            high.append((px, y(top)))
+    route = " ".join(f"{_n(px)},{_n(py)}" for px, py in (*low, *reversed(high)))
+    return f'<polygon points="{route}" style="fill:{curve.color};fill-opacity:0.15"/>'
+
+
+def reliability(bins: Sequence[tuple[float, Mark]], quality_name: str, label: str) -> str:
+    """Quality against score with 95% intervals; on the dotted line a score would be a probability."""
+    height, right = 230, WIDTH - RIGHT
+    low = min(0.0, _lowest(score for score, _ in bins))
+    x, y = Scale(low, 1.0, LEFT, right - 8), Scale(0, 100, height - BOTTOM, TOP + 22)
+    parts = _y_axis(y, f"{quality_name}, %", right) + _x_numbers(x, height, "score")
+    parts.append(_line(x(0), y(0), x(1), y(100), MUTED, 1.5, "2 3"))
+    for score, mark in bins:
+        parts.append(_line(x(score), y(100 * mark.low), x(score), y(100 * mark.high), ACCENT, 2))
+        parts.append(_dot(x(score), y(100 * mark.mean), ACCENT, hint=f"score {score:.2f}: {_percent(mark)}"))
+    return _svg(height, label, parts)
 
 
 def _lowest(scores: Iterable[float]) -> float:

@@ -14,17 +14,20 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from sicog_exp.curation import diversity
+from sicog_exp.curation import calibration, diversity
+from sicog_exp.curation.calibration import Calibration
 from sicog_exp.curation.curate import Group
 from sicog_exp.curation.diagnosis import Diagnosis, Truth, diagnose, final_of, quality, read_truth
 from sicog_exp.data.images import open_image
 from sicog_exp.evaluation import compare
 from sicog_exp.evaluation.benchmarks import Sample as Answered
 from sicog_exp.evaluation.benchmarks import read_samples
+from sicog_exp.evaluation.statistics import RESAMPLES
 from sicog_exp.prompts import KINDS, Kind, normalize_answer, question_of
 from sicog_exp.recipe import Recipe, to_yaml
 from sicog_exp.records import read_jsonl, read_records
 from sicog_exp.reporting.costs import Cost, CostRow
+from sicog_exp.reporting.curation_page import calibrated
 from sicog_exp.reporting.report import (
     Answer,
     BestScore,
@@ -47,7 +50,7 @@ T = TypeVar("T")
 GALLERY_SIZE = 24
 SMALL, LARGE, ENLARGED = 128, 256, 3
 """Pictures up to SMALL pixels a side are shown ENLARGED times, others at most LARGE pixels."""
-SETTINGS = {"reasoning_scorer": "reasoning scored by", "select": "choice", "near_duplicate": "near-duplicate limit",
+SETTINGS = {"select": "choice", "threshold_by": "threshold by", "near_duplicate": "near-duplicate limit",
             "require_direct_agreement": "direct agreement required", "require_format": "format required"}  # fmt: skip
 """Keys of the curation config that the report names."""
 
@@ -77,7 +80,8 @@ def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact
             watched: Sequence[str] = ()) -> ReportData:  # fmt: skip
     """Everything that the report of a finished run shows. `done` lists (generation, artifact) of every step, `watched`
     what the run's alarms and checks say."""
-    generations = _generations(lineage, recipe.evaluation.bootstrap)
+    resamples = recipe.evaluation.bootstrap
+    generations = _generations(lineage, resamples)
     return ReportData(
         name=recipe.name,
         recipe_yaml=to_yaml(recipe),
@@ -87,23 +91,27 @@ def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact
         run_uri=run_uri,
         reproduce=reproduce,
         libraries=_libraries(lineage.generations[-1].scores),
-        deltas=_deltas(lineage, recipe.evaluation.bootstrap),
+        deltas=_deltas(lineage, resamples),
         curation=tuple(_curation(i, curated, lineage.data) for i, curated in enumerate(lineage.curated)),
         cost=Cost(cost_rows(done), orchestration_share, _device(recipe, lineage.generations[-1].scores)),
         gallery=_gallery(recipe, lineage) if lineage.curated else (),
+        calibration=tuple(_calibrated(one.path, lineage.data.path, resamples) for one in lineage.curated),
         diversity=tuple(diversity.read_diversity(one.path, lineage.data.path) for one in lineage.curated),
         questions=_questions(recipe, lineage),
         lineage=_nodes(done),
         notes=(*watched, *_notes(recipe, lineage, generations[-1])),
+        upper_bound=upper_bound_note(recipe),
     )
 
 
-def curation_metrics(curated: Artifact, data: Artifact) -> dict[str, float]:
+def curation_metrics(curated: Artifact, data: Artifact, resamples: int = RESAMPLES) -> dict[str, float]:
     """One iteration's curation under the names that every generation uses; what is unknown is left out.
 
-    `precision_*` needs the truth: the share of right answers, or of true statements in captions.
+    `precision_*` needs the truth: the share of right answers, or of true statements in captions; `ceiling_share` is
+    how far the choice goes from a random candidate (0) to the best one (1).
     """
     named = diversity.metrics(diversity.read_diversity(curated.path, data.path))
+    named |= calibration.metrics(_calibrated(curated.path, data.path, resamples))
     for group, found in _diagnosed(curated.path, data.path).items():
         values = {
             "keep_rate": found.keep_rate,
@@ -112,6 +120,8 @@ def curation_metrics(curated: Artifact, data: Artifact) -> dict[str, float]:
             "precision_kept": found.precision_kept,
             "precision_chosen": found.precision_chosen,
             "precision_random": found.precision_random,
+            "precision_oracle": found.precision_oracle,
+            "ceiling_share": found.ceiling_share,
             "unanimous_share": found.unanimous_share,
             "unanimous_precision": found.unanimous_precision,
         }
@@ -123,6 +133,11 @@ def curation_metrics(curated: Artifact, data: Artifact) -> dict[str, float]:
 def _diagnosed(curated: Path, data: Path) -> dict[Group, Diagnosis]:
     """Metrics and report ask for the same diagnosis; a finished artifact's path names what it holds."""
     return diagnose(curated, data)
+
+
+@lru_cache(maxsize=16)
+def _calibrated(curated: Path, data: Path, resamples: int) -> dict[Group, Calibration]:
+    return calibrated(curated, read_truth(data), resamples, curated / "pool.jsonl")
 
 
 # Scores.
@@ -186,14 +201,22 @@ def _curation(iteration: int, curated: Artifact, data: Artifact) -> Curation:
     config, thresholds = summary["config"], summary["thresholds"]
     groups = tuple(_group(found, thresholds[group] if config["select"] == "best" else 0.0)
                    for group, found in _diagnosed(curated.path, data.path).items())  # fmt: skip
-    settings = tuple((name, _setting(config[key])) for key, name in SETTINGS.items())
+    scorers = [(f"{group} scored by", _scorer(config, group)) for group in ("caption", "reasoning")]
+    settings = (*scorers, *((name, _setting(config[key])) for key, name in SETTINGS.items()))
     return Curation(iteration, summary["encoder"], config["include_self"], groups, _set_aside(summary), settings)
 
 
 def _group(found: Diagnosis, threshold: float) -> CurationGroup:
     """A random choice keeps every item whatever its score: its threshold is 0."""
     best = tuple(BestScore(c.score, c.quality.precision if c.quality else None) for c in found.choices)
-    return CurationGroup(found.group, threshold, found.kept, best, found.precision_random, found.quality_name)
+    return CurationGroup(found.group, threshold, found.kept, best, found.precision_random, found.quality_name,
+                         found.precision_oracle, found.ceiling_share)  # fmt: skip
+
+
+def _scorer(config: Mapping[str, Any], group: str) -> str:
+    """A group's scorer with what is blended into it: agreement + 0.5 likelihood."""
+    others = (f"{weight:g} {name}" for name, weight in config[f"{group}_blend"].items())
+    return _words(" + ".join((config[f"{group}_scorer"], *others)))
 
 
 def _setting(value: Any) -> str:
@@ -354,7 +377,16 @@ def _notes(recipe: Recipe, lineage: Lineage, last: GenerationScores) -> Iterator
     for iteration, curated in enumerate(lineage.curated):
         yield from _rejected_candidates(iteration, _summary(curated))
     if (lineage.data / "truth.jsonl").stat().st_size and lineage.curated:
-        yield "Qualities of candidates come from the truth of unlabeled items, which serves this diagnosis alone."
+        served = "chose the self-data here" if recipe.is_upper_bound else "serves this diagnosis alone"
+        yield f"Qualities of candidates come from the truth of unlabeled items, which {served}."
+
+
+def upper_bound_note(recipe: Recipe) -> str:
+    """What to say of a run whose self-data the truth chose; "" for any other."""
+    if not recipe.is_upper_bound:
+        return ""
+    return (f"Not a result: an upper bound. curation.select={recipe.curation.select} looked at the truth of the "
+            "unlabeled items to make the self-data; what this run reaches is a limit for others.")  # fmt: skip
 
 
 def _below_prior(last: GenerationScores) -> Iterator[str]:

@@ -48,6 +48,12 @@ PICTURES = {
 """Notice for each `data.source`."""
 TAUGHT = {"world": "pictures of sicog-exp's built-in world", "easyvqa": "pictures of one coloured shape (easy-vqa)",
           "own": "the data that its recipe names"}  # fmt: skip
+SCORED = {"similarity": "mean {encoder} similarity of final {texts}",
+          "lexical": "mean lexical similarity of final {texts}",
+          "agreement": "share of candidates with the same normalised answer",
+          "cross_format": "agreement with the candidates of the other format",
+          "listing": "agreement of what is listed with all that is listed about the image",
+          "likelihood": "mean probability of its tokens"}  # fmt: skip
 LICENSES = {"world": "cc-by-sa-4.0", "easyvqa": "mit"}
 
 
@@ -402,6 +408,7 @@ def _facts(generation: Generation, manifest: Mapping[str, Any], rows: Sequence[R
         "images": len({image for record in rows for image in record.images}),
         "shares": _shares(generation.recipe["mixture"]),
         "known": _known(generation),
+        "scored": {group: _scored(generation.recipe["curation"], group) for group in ("caption", "reasoning")},
         "families": _families(generation),
         "notice": PICTURES[generation.recipe["data"]["source"]],
         "taught": TAUGHT[generation.recipe["data"]["source"]],
@@ -417,9 +424,17 @@ def _stages(recipe: Mapping[str, Any], index: int) -> list[tuple[str, int, Mappi
     return [stage for stage in (*named, last) if stage[1]]
 
 
+def _scored(curation: Mapping[str, Any], group: str) -> str:
+    """A group's scorer in words, with the weights of what is blended into it."""
+    words = {"encoder": curation["encoder"], "texts": "texts" if group == "caption" else "answers"}
+    parts = {curation.get(f"{group}_scorer", "similarity"): 1.0, **(curation.get(f"{group}_blend") or {})}
+    return " + ".join(("" if weight == 1 else f"{weight:g} x ") + SCORED[name].format(**words)
+                      for name, weight in parts.items())  # fmt: skip
+
+
 def _shares(mixture: Mapping[str, float]) -> dict[str, float]:
     """Source -> its share of the pre-training samples, if every source has rows."""
-    return {source: share / sum(mixture.values()) for source, share in mixture.items()}
+    return {source: share / sum(mixture.values()) for source, share in mixture.items() if share > 0}
 
 
 def _known(generation: Generation) -> dict[str, dict[str, float]]:

@@ -15,10 +15,11 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, with_config
 
+from sicog_exp.curation.calibration import Calibration
 from sicog_exp.curation.curate import Group
 from sicog_exp.curation.diversity import Diversity
 from sicog_exp.prompts import KINDS, final_text
-from sicog_exp.reporting import charts
+from sicog_exp.reporting import calibration_view, charts
 from sicog_exp.reporting.costs import Cost, CostRow, cumulative
 
 DATA = "report.json"
@@ -89,9 +90,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class BestScore:
-    """The best candidate of one item: its score, and its quality in [0, 1] where the truth is known."""
+    """The best candidate of one item: its score (None for a ground truth, which has none), and its quality in [0, 1]
+    where the truth is known."""
 
-    score: float
+    score: float | None
     quality: float | None = None
 
 
@@ -99,7 +101,9 @@ class BestScore:
 class CurationGroup:
     """One group of items (captions, reasoning). `kept` counts after all rules, not the threshold alone.
 
-    `random_quality`: mean quality of a random candidate of each item, the reference that curation should beat.
+    `random_quality`: mean quality of a random candidate of each item, the reference that curation should beat;
+    `oracle_quality`: of the best candidate of each, which no choice among them can beat; `ceiling_share`: how far the
+    choice goes from the first (0) to the second (1).
     """
 
     group: str
@@ -108,6 +112,8 @@ class CurationGroup:
     best: tuple[BestScore, ...]
     random_quality: float | None = None
     quality_name: str = "right"
+    oracle_quality: float | None = None
+    ceiling_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,10 @@ class ReportData:
     questions: tuple[Question, ...] = ()
     lineage: tuple[Node, ...] = ()
     notes: tuple[str, ...] = ()
+    upper_bound: str = ""
+    """Said above everything else of a run whose self-data the truth chose."""
+    calibration: tuple[Mapping[Group, Calibration], ...] = ()
+    """Every pool under every threshold, iteration by iteration."""
 
 
 def to_json(data: ReportData) -> bytes:
@@ -262,6 +272,8 @@ def _view(data: ReportData) -> dict[str, Any]:
         "forests": [_forest(data, task) for task in dict.fromkeys(delta.task for delta in data.deltas)],
         "families": [_families(data, *key) for key in _keys(data, with_families=True)],
         "curation": [(one, [_curation_charts(one, group) for group in one.groups]) for one in data.curation],
+        "calibration": [[calibration_view.view(group, f"{group.group}, G{i}") for group in found.values()]
+                        for i, found in enumerate(data.calibration)],
         "cost": cost_view(data.cost),
         "compute": [(task, safe(svg)) for task in _tasks(data) if (svg := _compute_curve(data, task))],
         "samples": [_sample(sample) for sample in samples],
@@ -444,8 +456,8 @@ def _prior(found: Sequence[FamilyScore | None]) -> float | None:
 
 
 def _curation_charts(curation: Curation, group: CurationGroup) -> dict[str, Any]:
-    scores = [best.score for best in group.best]
-    known = [(best.score, best.quality) for best in group.best if best.quality is not None]
+    scores = [best.score for best in group.best if best.score is not None]
+    known = [(b.score, b.quality) for b in group.best if b.score is not None and b.quality is not None]
     name = f"{group.group}, iteration from G{curation.iteration}"
     keep = charts.keep_curve(scores, known, group.threshold, group.random_quality, group.quality_name,
                              f"Keep rate and quality by threshold, {name}")  # fmt: skip
@@ -460,7 +472,8 @@ def _curation_charts(curation: Curation, group: CurationGroup) -> dict[str, Any]
 
 def quality_at_threshold(group: CurationGroup) -> float | None:
     """Mean quality of the best candidates that reach the threshold; None where no truth is known."""
-    reached = [b.quality for b in group.best if b.quality is not None and b.score >= group.threshold]
+    known = [(best.score, best.quality) for best in group.best if best.quality is not None]
+    reached = [quality for score, quality in known if score is None or score >= group.threshold]
     return sum(reached) / len(reached) if reached else None
 
 

@@ -91,7 +91,8 @@ def _by_name(client: MlflowClient, name: str) -> Run:
     places = [experiment.experiment_id for experiment in client.search_experiments()]
     quoted = name.replace("'", "")
     wanted = (f"attributes.run_name = '{quoted}'", f"tags.`sicog.recipe` = '{quoted}'")
-    runs = [run for one in wanted for run in client.search_runs(places, f"{one} and tags.`sicog.level` = 'experiment'")]
+    found = [client.search_runs(places, f"{one} and tags.`sicog.level` = 'experiment'") for one in wanted]
+    runs = list({run.info.run_id: run for some in found for run in some}.values())  # a run may be named as its recipe
     if not runs:
         raise ReportError(f"{name}: neither the id nor the name of a run in {client.tracking_uri}")
     if len(runs) > 1:

@@ -185,19 +185,18 @@ def run_sweep(study: StudyConfig, console: Console) -> Path:
     """Search until the study has its trials, then score the winner on the benchmark. Returns the winner's recipe."""
     import optuna
 
-    from sicog_exp.tracking import connect, open_run
+    from sicog_exp import tracking
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     base = recipe_of(study, {}, "development")
     check_ahead(base)
-    client = connect(base.tracking)
+    client = tracking.connect(base.tracking)
     search = open_study(study, base)
     retry_the_dead(search, console)
-    run_id = search.user_attrs.get("mlflow_run") or open_run(client, base.tracking, study.name, "sicog sweep")[0]
+    known = search.user_attrs.get("mlflow_run", "")
+    run_id = tracking.open_study(client, base.tracking, study.name, "sicog sweep", known)
     search.set_user_attr("mlflow_run", run_id)
-    client.set_tag(run_id, "sicog.level", "study")
-    client.update_run(run_id, status="RUNNING")
     client.log_text(run_id, to_yaml(study), "study.yaml")
     console.print(f"{study.name}: {len(findings.finished(search))} of {study.trials} trials are done")
     failures = 0

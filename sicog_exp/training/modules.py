@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 10
 """Optimizer steps between logged metrics."""
-NOT_THE_MODELS = ("labels", "segments", "sources")
+NOT_THE_MODELS = ("labels", "segments", "sources", "chosen", "rejected", "reference")
 """What a micro-batch holds besides the model's inputs."""
 
 
@@ -147,7 +147,7 @@ class SupervisedFineTuning(Stage):
     def work(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         image_id = self.model.config.image_token_id
         tokens = sum(int((micro["segments"] >= 0).sum()) for micro in batch)
-        new = sum(self.terms(micro) for micro in batch)
+        new = sum(Stage.terms(self, micro) for micro in batch)  # a stage of pairs has other terms
         return {
             "samples": sum(len(micro["sources"]) for micro in batch),
             "tokens": tokens,
@@ -171,26 +171,41 @@ class SupervisedFineTuning(Stage):
         return losses.sum(), losses.numel()
 
 
+class Means:
+    """Means by name of what is added up between two logged steps, from any thread."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+        self._adding = Lock()
+
+    def add(self, name: str, total: float, count: int) -> None:
+        with self._adding:
+            sums = self._sums.setdefault(name, [0.0, 0.0])
+            sums[0] += total
+            sums[1] += count
+
+    def log(self, module: LightningModule) -> None:
+        """At every LOG_EVERY-th step: log what there is, and begin anew."""
+        if module.logger and module.global_step % LOG_EVERY == 0:
+            means = {name: total / max(count, 1) for name, (total, count) in self._sums.items()}
+            module.logger.log_metrics(means, step=module.global_step)
+            self._sums.clear()
+
+
 class MultimodalPretraining(SupervisedFineTuning):
     """Pre-training on the self-generated mixture (paper.md, stage 1.5); reports the loss of each source by itself,
     which shows a source that the others drown."""
 
-    def on_train_start(self) -> None:
-        self._sums: dict[str, list[float]] = {}
-        self._adding = Lock()
+    def __init__(self, model: PreTrainedModel, config: StageConfig) -> None:
+        super().__init__(model, config)
+        self.means = Means()
 
     def batch_loss(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, int]:
         losses, samples = self.token_losses(micro_batch)
         for sample, source in enumerate(micro_batch["sources"]):
             own = losses.detach()[samples == sample]
-            with self._adding:
-                sums = self._sums.setdefault(source, [0.0, 0.0])
-                sums[0] += float(own.sum())
-                sums[1] += own.numel()
+            self.means.add(f"loss_{source}", float(own.sum()), own.numel())
         return losses.sum(), losses.numel()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        if self.logger and self.global_step % LOG_EVERY == 0:
-            means = {f"loss_{source}": total / max(count, 1) for source, (total, count) in self._sums.items()}
-            self.logger.log_metrics(means, step=self.global_step)
-            self._sums.clear()
+        self.means.log(self)

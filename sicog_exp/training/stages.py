@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
 from sicog_exp.data.chat import ChatEncoder
-from sicog_exp.data.mixture import ImageTensors, Mixture, RecordSource
-from sicog_exp.models.loading import ModelSource, load_model, save_model, work_of
-from sicog_exp.prompts import KINDS, Kind
-from sicog_exp.recipe import ModelConfig, StageConfig
-from sicog_exp.records import Record, read_records
+from sicog_exp.data.mixture import ImageTensors, Mixture, RecordSource, capped
+from sicog_exp.models.loading import ModelSource, load_model, renew_projector, save_model, work_of
+from sicog_exp.prompts import COD_TURNS, KINDS, Kind, steps_of
+from sicog_exp.recipe import CapsConfig, ModelConfig, StageConfig
+from sicog_exp.records import Record, read_jsonl, read_records, turns_conversation
 from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, StepBatches, fit
 from sicog_exp.training.modules import MultimodalPretraining, SupervisedFineTuning
 
 REVISION = 2
 SELF_SOURCES = ("self_caption", "self_cot", "self_direct")
+WEIGHTS = "weights.jsonl"
+"""Of a curation artifact whose rows are not all drawn alike: self-generated row -> how often it is drawn."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,17 @@ class TrainingTask:
     stage: StageConfig
     model: ModelConfig
     shares: Mapping[str, float]
-    """Shares of the mixture by source: annotated, instruction, text, and SELF_SOURCES."""
+    """Shares of the mixture by source: annotated, instruction, text, SELF_SOURCES and self_turns."""
     seed: int
     kinds: tuple[Kind, ...] = KINDS
     """Kinds of the annotated rows used; two generators take one half each."""
     max_pixels: int = 50_000_000
+    caps: CapsConfig = field(default_factory=CapsConfig)
+    """The most distinct rows by source and kind."""
 
 
 def rows_by_source(task: TrainingTask, inputs: Mapping[str, Artifact]) -> dict[str, list[Record]]:
-    """source -> its records, for every source that the task's shares name."""
+    """source -> its records, for every source to which the task's shares give one, at most as many as its caps say."""
     data = inputs["data"]
     annotated = read_records(data / "annotated.parquet")
     instruction = read_records(data / "instruction.parquet")
@@ -49,19 +53,37 @@ def rows_by_source(task: TrainingTask, inputs: Mapping[str, Artifact]) -> dict[s
     if "curated" in inputs:
         chosen = read_records(inputs["curated"] / "self.parquet")
         found |= {source: [r for r in chosen if r.source == source] for source in SELF_SOURCES}
-    return {source: found[source] for source in task.shares if source in found}
+        found["self_turns"] = list(caption_turns(found["self_caption"]))
+    shared = [source for source, share in task.shares.items() if share > 0 and source in found]
+    return {source: capped(found[source], source, task.caps, task.seed) for source in shared}
+
+
+def caption_turns(captions: Sequence[Record]) -> Iterator[Record]:
+    """Each Chain-of-Description caption as a conversation, a turn a step; one with an empty step is left out."""
+    for record in captions:
+        steps = steps_of("cod", record.response or "") if record.kind == "cod" else None
+        if steps and all(steps):
+            messages = turns_conversation(list(zip(COD_TURNS, steps, strict=True)), len(record.images))
+            yield replace(record, id=f"{record.id}:turns", messages=messages, source="self_turns")
 
 
 def build_mixture(task: TrainingTask, inputs: Mapping[str, Artifact], encoder: ChatEncoder) -> Mixture:
     """The task's rows, tokenized. Raises MixtureError when no source has one."""
     length, images = task.stage.max_length, ImageTensors(inputs["data"].path, encoder, task.max_pixels)
-    sources = [(RecordSource(source, records, images, encoder, length), task.shares[source])
-               for source, records in rows_by_source(task, inputs).items()]  # fmt: skip
+    drawn = row_weights(inputs)
+    sources = [(RecordSource(source, records, images, encoder, length, drawn if source in SELF_SOURCES else None),
+                task.shares[source]) for source, records in rows_by_source(task, inputs).items()]  # fmt: skip
     for source, _ in sources:
         if source.too_long:
             print(f"training: {len(source.too_long)} {source.name} rows are longer than {length} tokens and set aside, "
                   f"for example {source.too_long[0]}")  # fmt: skip
-    return Mixture(sources, task.seed)
+    return Mixture(sources, task.seed, {source.name: source.weights for source, _ in sources if source.weights})
+
+
+def row_weights(inputs: Mapping[str, Artifact]) -> dict[str, float]:
+    """Self-generated row -> how often it is drawn, where curation says so; empty where all are drawn alike."""
+    file = inputs["curated"] / WEIGHTS if "curated" in inputs else None
+    return {row["id"]: row["weight"] for row in read_jsonl(file)} if file and file.is_file() else {}
 
 
 class MixtureData(StageData):
@@ -96,6 +118,21 @@ def _train(kind: type[SupervisedFineTuning], data: MixtureData, workplace: Workp
     tokens, image, new = (workplace.facts[name] for name in ("tokens", "image_tokens", "new_tokens"))
     workplace.add(flops=work_of(model).training(tokens, image, new, trained))
     save_model(model, data.processor, workplace.directory)
+
+
+@dataclass(frozen=True)
+class PartsTask:
+    """What raw parts depend on besides the base model."""
+
+    seed: int
+    trust_remote_code: bool = False
+
+
+def raw_parts(task: PartsTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+    """The base's vision tower and language model with a projector that has learned nothing yet."""
+    model, processor = load_model(ModelSource(str(inputs["model"].path), task.trust_remote_code))
+    renew_projector(model, task.seed)
+    save_model(model, processor, workplace.directory)
 
 
 def step_logger(workplace: Workplace) -> Logger | None:

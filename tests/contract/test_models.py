@@ -24,6 +24,7 @@ from sicog_exp.models.loading import (
     part_modules,
     part_parameters,
     positions_per_image_token,
+    renew_projector,
     resolve_base,
     save_model,
     work_of,
@@ -254,3 +255,29 @@ def test_a_pickle_is_never_opened(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         load_model(ModelSource(str(folder)))
     assert not (tmp_path / "owned").exists()
+
+
+def projector(model: Any) -> torch.Tensor:
+    return torch.cat([parameter.flatten() for parameter in part_parameters(model)["projector"]])
+
+
+def test_a_renewed_projector_is_new_seeded_and_alone(tiny_model: Path) -> None:
+    before, _ = load_model(ModelSource(str(tiny_model)))
+    drawn, state = {}, torch.get_rng_state()
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        model, _ = load_model(ModelSource(str(tiny_model)))
+        renew_projector(model, seed)
+        drawn[name] = projector(model)
+        for part in ("vision", "language"):
+            assert all(map(torch.equal, part_parameters(before)[part], part_parameters(model)[part]))
+    assert torch.equal(drawn["one"], drawn["again"])
+    assert not torch.isclose(drawn["one"], drawn["other"]).any()
+    assert not torch.isclose(drawn["one"], projector(before)).any()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_projector_that_no_layer_initialises_is_refused(tiny_model: Path) -> None:
+    model, _ = load_model(ModelSource(str(tiny_model)))
+    model.model.multi_modal_projector.scale = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ModelError, match=r"LlavaMultiModalProjector in its projector .*use start=base"):
+        renew_projector(model, 0)

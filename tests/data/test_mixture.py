@@ -19,12 +19,14 @@ from sicog_exp.data.mixture import (
     MixtureError,
     RecordSource,
     Row,
+    capped,
     collate,
     fill_bins,
     pack,
 )
 from sicog_exp.models.loading import ModelSource, load_model
-from sicog_exp.prompts import prompt
+from sicog_exp.prompts import KINDS, Kind, prompt
+from sicog_exp.recipe import CapsConfig
 from sicog_exp.records import Message, Record, conversation, user
 
 
@@ -111,6 +113,26 @@ def test_an_endless_source_never_repeats() -> None:
     assert [index for name, index in rows if name == "a"] == list(range(1500))
 
 
+@settings(max_examples=60, deadline=None)
+@given(weights=st.lists(st.floats(1, 4), min_size=1, max_size=40), seed=st.integers(0, 99), epoch=st.integers(0, 3))
+def test_rows_with_weights_come_as_often_as_they_weigh(weights: list[float], seed: int, epoch: int) -> None:
+    mixture = Mixture([(Numbers("a", len(weights)), 1.0)], seed, {"a": weights})
+    size = len(weights)
+    counts = Counter(index for _, index in map(mixture.locate, range(epoch * size, (epoch + 1) * size)))
+    assert counts.total() == size
+    for index, weight in enumerate(weights):
+        expected = size * weight / sum(weights)
+        assert expected - 1 - 1e-6 < counts[index] < expected + 1 + 1e-6
+
+
+def test_weights_are_those_of_their_source_alone() -> None:
+    sources = [(Numbers("a", 50), 0.5), (Numbers("b", 50), 0.5)]
+    plain, weighted = Mixture(sources, 0), Mixture(sources, 0, {"a": [1.0] * 49 + [50.0]})
+    places = [(plain.locate(slot), weighted.locate(slot)) for slot in range(100)]
+    assert all(one == other for one, other in places if one[0] == 1)
+    assert sum(other == (0, 49) for _, other in places) >= 24
+
+
 def test_empty_sources_are_left_out() -> None:
     mixture = Mixture([(Numbers("a", 0), 0.9), (Numbers("b", 4), 0.1), (Numbers("c", 4), 0.0)], 0)
     assert {row.source for row in mixture.rows(0, 100)} == {"b"}
@@ -121,6 +143,51 @@ def test_no_rows_at_all_is_an_error(sources: list[tuple[Numbers, float]]) -> Non
     names = ", ".join(source.name for source, _ in sources) or "none"
     with pytest.raises(MixtureError, match=rf"no training rows: .*sources: {names}"):
         Mixture(sources, 0)
+
+
+# Caps.
+
+LIMITS = st.none() | st.integers(0, 12)
+KINDS_DRAWN = st.lists(st.sampled_from(KINDS), max_size=30)
+
+
+def of_kinds(kinds: list[Kind]) -> list[Record]:
+    return [Record(f"r{i}", conversation("What?", "a dog", ()), (), kind, "annotated") for i, kind in enumerate(kinds)]
+
+
+def fewest(*counts: int | None) -> int:
+    return min(count for count in counts if count is not None)
+
+
+@given(kinds=KINDS_DRAWN, whole=LIMITS, cod=LIMITS, direct=LIMITS, seed=st.integers(0, 99))
+def test_caps_are_exact(kinds: list[Kind], whole: int | None, cod: int | None, direct: int | None, seed: int) -> None:
+    """Each kind's first, then the source's; the rows that stay are ours, in their order."""
+    records = of_kinds(kinds)
+    kept = capped(records, "annotated", CapsConfig(annotated=whole, cod=cod, direct=direct), seed)
+    assert kept == [record for record in records if record in kept]
+    by_kind = {kind: fewest(kinds.count(kind), {"cod": cod, "direct": direct}.get(kind)) for kind in KINDS}
+    assert len(kept) == fewest(sum(by_kind.values()), whole)
+    if whole is None:
+        assert Counter(record.kind for record in kept) == {kind: n for kind, n in by_kind.items() if n}
+
+
+@given(kinds=KINDS_DRAWN, fewer=st.integers(0, 12), more=st.integers(0, 12), seed=st.integers(0, 99))
+def test_a_smaller_cap_keeps_some_of_a_larger_ones_rows(kinds: list[Kind], fewer: int, more: int, seed: int) -> None:
+    records = of_kinds(kinds)
+    one, other = (capped(records, "annotated", CapsConfig(annotated=cap), seed) for cap in sorted((fewer, more)))
+    assert {record.id for record in one} <= {record.id for record in other}
+    elsewhere = [record for record in records if record.kind != "dd"] + of_kinds(["dd"] * 40)[30:]
+    without = capped(elsewhere, "annotated", CapsConfig(cod=fewer), seed)
+    assert [r for r in without if r.kind == "cod"] == [
+        r for r in capped(records, "annotated", CapsConfig(cod=fewer), seed) if r.kind == "cod"]  # fmt: skip
+
+
+def test_caps_are_drawn_by_the_seed() -> None:
+    records = of_kinds(["cot"] * 60)
+    chosen = [tuple(r.id for r in capped(records, "self_cot", CapsConfig(self_cot=10), seed)) for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert capped(records, "self_cot", CapsConfig(), 0) == records
+    assert capped(records, "self_direct", CapsConfig(self_cot=10), 0) == records
 
 
 # Batches.
@@ -199,6 +266,8 @@ def test_records_become_rows(chat: ChatEncoder, world_images: list[Path]) -> Non
 def test_a_row_that_is_too_long_is_set_aside_and_named(chat: ChatEncoder, world_images: list[Path]) -> None:
     root = world_images[0].parent
     records = [Record(f"r{i}", conversation("dog " * i, "yes", ("0.png",)), ("0.png",), "direct", "x") for i in (1, 90)]
-    source = RecordSource("annotated", records, ImageTensors(root, chat, 50_000_000), chat, 60)
+    weights = {"r1": 2.0, "r90": 3.0}
+    source = RecordSource("annotated", records, ImageTensors(root, chat, 50_000_000), chat, 60, weights)
     assert source.rows == 1
     assert source.too_long == ["r90"]
+    assert source.weights == [2.0], "the weights of the rows that are left"

@@ -108,6 +108,18 @@ def test_no_ground_truth_in_unlabeled_records(built: tuple[DataConfig, Path]) ->
     assert known <= {record.id for record in records}
 
 
+def test_the_truth_holds_whole_responses_where_the_source_writes_them(built: tuple[DataConfig, Path]) -> None:
+    rows = list(read_jsonl(built[1] / "truth.jsonl"))
+    for row in rows:
+        known = row.get("answer") or row["description"]
+        if "chain" in row:
+            assert prompts.final_text("cot" if "answer" in row else "cod", row["chain"]) == known
+    described = {row["id"].rpartition(":")[0] for row in rows if "description" in row}
+    for row in rows:
+        assert ("chain" in row) == (row["id"].rpartition(":")[0] in described), "a chain lists all that is there"
+    assert described
+
+
 def test_defect_one_prompt_table_words_every_row(built: tuple[DataConfig, Path]) -> None:
     for records in every(built[1]).values():
         for record in records:

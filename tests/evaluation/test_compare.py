@@ -12,7 +12,8 @@ import pytest
 from mlflow.utils.validation import _validate_metric_name
 
 from sicog_exp.evaluation.benchmarks import SAMPLES, Sample
-from sicog_exp.evaluation.compare import champion, deltas, metrics, score_table
+from sicog_exp.evaluation.compare import champion, deltas, mean_gain, metrics, score_table
+from sicog_exp.evaluation.outcomes import OVERALL, compare
 from sicog_exp.evaluation.statistics import StatisticsError, holm, interval
 from sicog_exp.records import write_jsonl
 
@@ -116,6 +117,17 @@ def test_other_tasks_or_questions_are_refused(tmp_path: Path):
         deltas([first, results(tmp_path, "g1", b=right(5))])
     with pytest.raises(StatisticsError, match="different questions"):
         deltas([first, results(tmp_path, "g2", a=right(5, of=79))])
+
+
+def test_the_mean_gain_is_the_overall_difference_of_compare(tmp_path: Path):
+    first, second = (results(tmp_path, name, a=right(a), b=right(b, of=20)) for name, a, b in
+                     (("g0", 40, 10), ("g1", 60, 12)))  # fmt: skip
+    found = mean_gain(first, second)
+    (overall,) = (one for one in compare(str(first), str(second)) if one.task == OVERALL)
+    assert found.difference == pytest.approx((20 / 80 + 2 / 20) / 2)
+    assert (found.difference, found.low, found.high) == (overall.difference, overall.low, overall.high)
+    with pytest.raises(StatisticsError, match="G0 was scored on a, b and G1 on a"):
+        mean_gain(first, results(tmp_path, "g2", a=right(1)))
 
 
 def generations(folder: Path, *counts: tuple[int, int]) -> list[Path]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from sicog_exp.evaluation.statistics import StatisticsError, holm, interval, join, paired, paired_pooled
 
@@ -117,6 +117,25 @@ def test_pooled_averages_seeds_by_question_and_reports_their_spread():
     assert (found.low, found.high) == (pytest.approx(averaged.low), pytest.approx(averaged.high))
     assert found.clear
     assert paired_pooled(runs[:1]).spread == 0.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(samples())
+def test_the_pooled_p_agrees_with_scipy_and_statsmodels(sample):
+    before, after, images = sample
+    found = paired_pooled([(before, after, images)], 10)
+    linear = pytest.importorskip("statsmodels.api")
+    groups = np.unique(images, return_inverse=True)[1]
+    model = linear.OLS(after - before, np.ones(len(images)))
+    fitted = model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
+    assert found.p == pytest.approx(fitted.pvalues[0], abs=1e-9)
+    alone = paired_pooled([(before, after, np.arange(len(images)))], 10)
+    assert alone.p == pytest.approx(ttest_1samp(after - before, 0).pvalue, abs=1e-9)
+
+
+def test_what_no_test_can_tell_has_a_p_of_one():
+    assert paired_pooled([([1, 0], [1, 0], ["x", "y"])], 10).p == 1.0
+    assert paired_pooled([([0, 0], [1, 0], ["x", "x"])], 10).p == 1.0
 
 
 def test_copies_of_a_seed_do_not_narrow_the_pooled_interval():

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError, Example
 from sicog_exp.data.scenes import make_scene, render
 from sicog_exp.models.embedded import build_processor, build_tokenizer
-from sicog_exp.prompts import COT_STEPS, PROMPTS
-from sicog_exp.records import Message, user
+from sicog_exp.prompts import COD_TURNS, COT_STEPS, PROMPTS
+from sicog_exp.records import Message, turns_conversation, user
 
 GOLDEN = Path(__file__).parent / "embedded.json"
 CORPUS = ["Is there a red dog? yes no What color is the cat? blue green Describe the image in detail, step by step.",
@@ -35,6 +35,8 @@ CONVERSATIONS: dict[str, tuple[Message, ...]] = {
     "text only": (user("What color is the cat?"), Message("assistant", "green")),
     "chain of thought": (user(PROMPTS["cot"].replace("{question}", "What color is the cat?"), 1),
                          Message("assistant", COT)),
+    "a caption as turns": turns_conversation(list(zip(COD_TURNS, ("a red dog", "one dog", "dog left of cat", "none",
+                                                                  "a red dog, left of a blue cat."))), 1),
     "two images": (user("Is there a dog?", 2), Message("assistant", "yes")),
     "an image in the second turn": (user("Is there a dog?"), Message("assistant", "no"), user("And here?", 1),
                                     Message("assistant", "yes")),

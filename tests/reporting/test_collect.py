@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sicog_exp.curation.diagnosis import Truth
 from sicog_exp.curation.files import curate_file
+from sicog_exp.curation.oracle import upper_bound
 from sicog_exp.evaluation.benchmarks import SAMPLES, Sample
 from sicog_exp.prompts import structured
 from sicog_exp.recipe import CurationConfig, EvaluationConfig, ModelConfig, Recipe, to_yaml
 from sicog_exp.records import Record, conversation, write_jsonl, write_records
 from sicog_exp.reporting import collect as c
+from sicog_exp.reporting import side_by_side
 from sicog_exp.reporting.report import ReportData, render
 from sicog_exp.store import Artifact, Step, Store, Workplace
 
@@ -82,6 +85,8 @@ def answers(right: int) -> list[dict]:
 
 
 def fill_curated(workplace: Workplace, unanimous: int, config: CurationConfig, image: str = "") -> None:
+    truths = {f"u{i}:q": Truth("red") for i in range(ITEMS)}
+    truths |= {f"u{i}:c": Truth("red dog top, gray background.") for i in range(ITEMS)}
     captions = [{"kind": "dd", "text": "red dog top, gray background.", "finish_reason": "stop"}] * 2
     pool = []
     for i in range(ITEMS):
@@ -92,7 +97,8 @@ def fill_curated(workplace: Workplace, unanimous: int, config: CurationConfig, i
             {"id": f"u{i}:q", "kind": "reasoning", **given, "candidates": answers(4 if i < unanimous else i % 4)}
         )
     write_jsonl(workplace.directory / "pool.jsonl", pool)
-    curate_file(workplace.directory / "pool.jsonl", workplace.directory, config)
+    judge = upper_bound(config, truths) if config.is_upper_bound else None
+    curate_file(workplace.directory / "pool.jsonl", workplace.directory, config, judge)
 
 
 def lineage(store: Store, config: CurationConfig = RECIPE.curation, shares: Sequence[float] = (0.2, 0.5, 0.9),
@@ -154,12 +160,45 @@ def test_curation_holds_scores_qualities_and_reasons(store: Store):
     assert reasoning.kept == 6 + 6 == sum(best.score >= 0.75 for best in reasoning.best)
     assert dict(found[0].set_aside) == {"candidates truncated": ITEMS, "items below threshold": ITEMS - 12}
     assert ("reasoning scored by", "agreement") in found[0].settings
+    assert ("caption scored by", "similarity") in found[0].settings
     assert ("format required", "yes") in found[0].settings
 
 
 def test_the_control_without_curation_has_no_threshold(store: Store):
     groups = gather(lineage(store, CurationConfig(select="random"))).curation[0].groups
     assert [(g.threshold, g.kept) for g in groups] == [(0.0, ITEMS), (0.0, ITEMS)]
+
+
+def test_the_share_of_the_ceiling_is_shown(store: Store):
+    """Of 30 questions 24 have 0, 1, 2 or 3 of four chains right, six all; the vote finds 2 and 3, a third of the 1."""
+    made = lineage(store, CurationConfig(reasoning_threshold=0.75, dedup=False))
+    found = gather(made)
+    captions, reasoning = found.curation[0].groups
+    named = c.curation_metrics(made.curated[0], made.data)
+    assert (captions.oracle_quality, captions.ceiling_share) == (1.0, None)
+    assert reasoning.oracle_quality == named["curation/reasoning/precision_oracle"] == 24 / 30
+    assert reasoning.ceiling_share == named["curation/reasoning/ceiling_share"]
+    chosen = named["curation/reasoning/precision_chosen"]
+    assert reasoning.random_quality is not None
+    assert reasoning.ceiling_share == (chosen - reasoning.random_quality) / (24 / 30 - reasoning.random_quality)
+    assert "curation/caption/ceiling_share" not in named
+    assert f"<td>{100 * reasoning.ceiling_share:.1f}%</td>" in render(found)
+
+
+@pytest.mark.parametrize("select", ["oracle", "truth"])
+def test_upper_bounds_cannot_be_taken_for_results(store: Store, select: Any):
+    config = CurationConfig(select=select)
+    recipe = replace(RECIPE, curation=config)
+    found = gather(lineage(store, config), recipe)
+    assert found.upper_bound.startswith(f"Not a result: an upper bound. curation.select={select} looked at the truth")
+    assert any("which chose the self-data here" in note for note in found.notes)
+    reasoning = found.curation[0].groups[1]
+    assert reasoning.kept == (24 if select == "oracle" else ITEMS)
+    assert (reasoning.threshold, len(reasoning.best)) == (0.0, ITEMS)
+    assert (reasoning.ceiling_share is None) == (select == "truth")
+    assert "Not a result: an upper bound." in render(found).partition("</header>")[0]
+    assert "an upper bound, not a result" in side_by_side.render([found, found])
+    assert c.upper_bound_note(replace(recipe, self_data=False)) == c.upper_bound_note(RECIPE) == ""
 
 
 def test_cost_lists_every_artifact_once(store: Store):
@@ -280,9 +319,12 @@ def test_curation_metrics_have_the_same_names_everywhere(store: Store):
     made = lineage(store, CurationConfig(reasoning_threshold=0.75, dedup=False))
     named = [c.curation_metrics(curated, made.data) for curated in made.curated]
     assert named[0].keys() == named[1].keys()
-    wanted = {"keep_rate", "kept", "mean_score", "precision_kept", "precision_chosen", "precision_random"}
+    wanted = {"keep_rate", "kept", "mean_score", "precision_kept", "precision_chosen", "precision_random",
+              "gain_choosing", "gain_families", "gain_items"}  # fmt: skip
     assert {f"curation/{group}/{name}" for group in ("caption", "reasoning") for name in wanted} <= named[0].keys()
     assert named[0]["curation/reasoning/kept"] == 12
     assert named[0]["curation/reasoning/keep_rate"] == 0.4
     assert named[0]["curation/reasoning/unanimous_share"] == 0.2
     assert named[0]["curation/reasoning/precision_kept"] == 1.0
+    parts = [named[0][f"curation/reasoning/gain_{name}"] for name in ("choosing", "families", "items")]
+    assert sum(parts) == pytest.approx(1.0 - named[0]["curation/reasoning/precision_random"])

@@ -271,6 +271,20 @@ def test_cards_of_own_data_claim_no_licence_and_name_hub_bases_only(
     assert "Not at all: one valid candidate" in data_card.read_text()
 
 
+def test_cards_name_an_upper_bound_and_every_scorer(runs: Runs, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def bound(values: dict[str, Any]) -> None:
+        scorers = {"reasoning_scorer": "listing", "reasoning_blend": {"likelihood": 0.5}}
+        values["curation"] |= {"select": "oracle", **scorers}
+
+    recipe_reads(monkeypatch, bound)
+    made = export(f"{runs.id}:G2", tmp_path / "out")
+    assert "an upper bound, not a self-improved model" in (made.directory / "model/README.md").read_text()
+    data_card = (made.directory / "self-data/README.md").read_text()
+    assert "Not self-data: an upper bound" in data_card
+    assert "all that is listed about the image + 0.5 x mean probability of its tokens" in data_card
+
+
 @pytest.mark.parametrize(("suffix", "message"), [
     ("", "no run of sqlite"), (":G1", "no run of sqlite"), (":Gx", "named as in")])  # fmt: skip
 def test_an_unknown_run(runs: Runs, tmp_path: Path, suffix: str, message: str) -> None:
