@@ -8,6 +8,7 @@ from sicog_exp.recipe import ModelConfig, Recipe, RecipeError
 def check_ahead(recipe: Recipe) -> None:
     """Raises an error for users naming the key and the fix."""
     check_device(recipe.model)
+    check_packages(recipe)
     check_benchmarks(recipe)
     check_encoder(recipe)
     from sicog_exp.tracking import check_tracking
@@ -23,17 +24,46 @@ def check_device(model: ModelConfig) -> None:
                           "(`sicog doctor` shows what torch sees)")  # fmt: skip
 
 
-def check_benchmarks(recipe: Recipe) -> None:
-    """That the suite and its tasks for the recipe's split exist, and those that the stop rule decides by."""
-    from sicog_exp.evaluation.benchmarks import BenchmarkError, check_suite
+def check_packages(recipe: Recipe) -> None:
+    """That what keys ask for beyond our dependencies is there."""
+    from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
-    check_suite(recipe.evaluation.suite, recipe.evaluation.split)
+    if recipe.model.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise RecipeError("model.attention=flash_attention_2: needs a GPU and the flash-attn package (`pip install "
+                          "flash-attn`); model.attention=sdpa works everywhere")  # fmt: skip
+    stages = {name: getattr(recipe, name) for name in ("develop", "align", "pretrain", "instruct")}
+    for name, stage in stages.items():
+        key = "optimizer=adamw_8bit" if stage.optimizer == "adamw_8bit" else "lora_4bit=true" * stage.lora_4bit
+        usable = is_bitsandbytes_available() and recipe.model.torch_device == "cuda"
+        if key and stage.steps and not usable:
+            raise RecipeError(f"{name}.{key}: needs a GPU and the bitsandbytes package (`pip install bitsandbytes`); "
+                              "leave the key out elsewhere")  # fmt: skip
+
+
+def check_benchmarks(recipe: Recipe) -> None:
+    """That the suite, its tasks for the recipe's split and what they need exist, and what the stop rule decides by."""
+    from sicog_exp.evaluation.ready import check_suite
+    from sicog_exp.evaluation.suites import BenchmarkError
+
+    suite, judge = recipe.evaluation.suite, recipe.evaluation.judge
+    check_suite(suite, recipe.evaluation.split, judge)
     if recipe.stop.no_gain:
         try:
-            check_suite(recipe.evaluation.suite, "development")
+            check_suite(suite, "development", judge)
         except BenchmarkError as error:
             raise RecipeError(f"stop.no_gain=true decides by development tasks, and {error}; or leave stop.no_gain "
                               "out") from None  # fmt: skip
+
+
+def left_out(recipe: Recipe) -> str:
+    """What of the suite the run will not score, in a sentence; empty where that is nothing."""
+    from sicog_exp.evaluation.suites import load_suite
+
+    names = load_suite(recipe.evaluation.suite).judged(recipe.evaluation.split)
+    if recipe.evaluation.judge or not names:
+        return ""
+    return f"Left out of suite {recipe.evaluation.suite}: {', '.join(names)}, which a judge model scores; " \
+           "evaluation.judge=true asks for it."
 
 
 def check_encoder(recipe: Recipe) -> None:

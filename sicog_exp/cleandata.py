@@ -20,7 +20,7 @@ from typing import Any
 from sicog_exp.curation.contamination import Overlap, Picture, Question, Row, TextIndex, counts, overlaps, picture_of
 from sicog_exp.data.images import open_image
 from sicog_exp.data.readers import words_of
-from sicog_exp.evaluation.benchmarks import load_suite, suite_state
+from sicog_exp.evaluation.suites import load_suite, suite_state
 from sicog_exp.prompts import question_of
 from sicog_exp.recipe import Recipe, RecipeError
 from sicog_exp.records import Record, read_jsonl, read_records, write_jsonl, write_records
@@ -50,19 +50,20 @@ class CleanTask:
 
 def check_step(recipe: Recipe, data: Artifact) -> Step:
     """Every training pool of the data set against every benchmark of the suite."""
-    suite = recipe.evaluation.suite
+    suite, judged = recipe.evaluation.suite, recipe.evaluation.judge
 
     def run(task: CheckTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-        check(suite, inputs["data"].path, workplace, task.max_pixels)
+        check(suite, inputs["data"].path, workplace, task.max_pixels, judged)
 
-    return Step(CHECK, run, CheckTask(suite_state(suite), recipe.data.max_pixels), {"data": data}, revision=REVISION)
+    task = CheckTask(suite_state(suite, judged), recipe.data.max_pixels)
+    return Step(CHECK, run, task, {"data": data}, revision=REVISION)
 
 
-def check(suite: str, data: Path, workplace: Workplace, max_pixels: int) -> None:
+def check(suite: str, data: Path, workplace: Workplace, max_pixels: int, judged: bool = False) -> None:
     """Fill a step's directory: `overlaps.jsonl`, `questions.jsonl` (the benchmarks' texts), `summary.json`."""
     from sicog_exp.evaluation.contents import read_contents
 
-    held = read_contents(load_suite(suite), data)
+    held = read_contents(load_suite(suite), data, judged)
     records = [(split, record) for split in POOLS for record in read_records(data / f"{split}.parquet")]
     names = list(dict.fromkeys(image for _, record in records for image in record.images))
     shown = read_pictures(data, names, max_pixels)

@@ -26,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _runs(commands)
     _curation(commands)
+    _data(commands)
     _results(commands)
+    _benchmarks(commands)
     _surroundings(commands)
     return parser
 
@@ -57,7 +59,7 @@ def _runs(commands: Any) -> None:
 def _plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--device", metavar="NAME", help="a100, h100, h200, b200, l40s, mi300x or cpu (default: cpu for "
                       "a recipe with model.device=cpu, else h100)")  # fmt: skip
-    plan.add_argument("--devices", type=_count, default=1, help="how many of them (default: %(default)s)")
+    plan.add_argument("--devices", type=_at_least_one, default=1, help="how many of them (default: %(default)s)")
     plan.add_argument("--utilisation", type=_part, metavar="SHARE", help="share of the device's peak that training "
                       "uses (default: 0.4, of a cpu's measured rate 1)")  # fmt: skip
     plan.add_argument("--sampling-utilisation", type=_part, metavar="SHARE", help="the same where token after token "
@@ -82,8 +84,6 @@ def _curation(commands: Any) -> None:
     curate.add_argument("--candidates", type=Path, required=True, help="JSONL file of rows with candidates")
     curate.add_argument("--out", type=Path, required=True, help="folder for the results")
     curate.add_argument("overrides", nargs="*", help="such as curation.encoder=minilm curation.caption_threshold=0.9")
-
-
     sweep = commands.add_parser("curation", help="move the thresholds of a finished pool after the fact", description=(
         "Keep rate, precision where the truth is known, variety and length of what every threshold would keep, from "
         "one pool: nothing is sampled or embedded again. Prints a table and writes a page."))  # fmt: skip
@@ -96,6 +96,31 @@ def _curation(commands: Any) -> None:
     sweep.add_argument("--candidates", type=Path, help="file that `sicog curate` read (default: the store's own pool)")
     sweep.add_argument("--truth", type=Path, help="JSONL of {id, answer or description, family} (default: the data "
                        "set's own)")  # fmt: skip
+
+
+def _data(commands: Any) -> None:
+    data = commands.add_parser("data", help="look at your own data before a run", description=(
+        "Looks at files of rows and images as a run would read them."))  # fmt: skip
+    tasks = data.add_subparsers(dest="task", required=True, metavar="TASK", help="what to do with the data")
+    check = tasks.add_parser("check", help="validate all rows; token lengths, a masked sample, pictures", description=(
+        "Reads every row as a run would, says what is set aside and why, counts tokens with images by a model's own "
+        "processor, and shows rows with what the loss falls on. Trains and copies nothing. Ends with status 1 where "
+        "more than data.max_bad_share of the rows are unusable."))  # fmt: skip
+    check.add_argument("file", metavar="FILE", help="a file, a folder or brace pattern of shards, a saved datasets "
+                       "directory, a folder of images, or hub:OWNER/NAME")  # fmt: skip
+    check.add_argument("overrides", nargs="*", help="such as data.max_bad_share=0.2 data.max_pixels=1000000")
+    check.add_argument("--root", metavar="DIR", help="folder that image names are relative to (default: FILE's own)")
+    check.add_argument("--model", metavar="FOLDER", default="embedded",
+                       help="model whose processor counts tokens (default: %(default)s)")  # fmt: skip
+    check.add_argument("--unlabeled", action="store_true", help="read as data.unlabeled: rows need no response")
+    check.add_argument("--max-length", type=_at_least_one, metavar="N", help="tokens that a row may have (default: a "
+                       "stage's, or the model's if that is less)")  # fmt: skip
+    check.add_argument("--images", choices=("headers", "all"), default="headers",
+                       help="read headers, or decode all (default: %(default)s)")  # fmt: skip
+    check.add_argument("--tokens", choices=("sample", "all"), default="sample",
+                       help="count a sample's tokens, or every row's (default: %(default)s)")  # fmt: skip
+    check.add_argument("--out", type=Path, default=Path("data-check.html"),
+                       help="page with pictures and rows (default: %(default)s)")  # fmt: skip
 
 
 def _results(commands: Any) -> None:
@@ -121,6 +146,25 @@ def _results(commands: Any) -> None:
     export.add_argument("directory", metavar="DIR", type=Path, help="a new or empty folder")
 
 
+def _benchmarks(commands: Any) -> None:
+    benchmarks = commands.add_parser("benchmarks", help="list suites of benchmarks, or mirror one from local data",
+                                     description=(
+        "Says what a suite holds and needs, or points its stock lmms-eval tasks at local copies."))  # fmt: skip
+    actions = benchmarks.add_subparsers(dest="action", required=True, metavar="ACTION", help="list or mirror")
+    listing = actions.add_parser("list", help="tasks, metrics, who scores them, where the data are", description=(
+        "Lists a suite's tasks: the metric, whether a rule or a judge model scores it, local data or the hub's."))
+    listing.add_argument("suite", nargs="?", default="", help="a suite of evals/suites/, or its file (default: all)")
+    mirror = actions.add_parser("mirror", help="score a suite's stock tasks on local copies of their data",
+                                description=(
+        "Writes DIR/SUITE.yaml, in which every stock task reads its copy and is scored by the stock functions; names "
+        "the data sets that are missing, with the commands that download them."))  # fmt: skip
+    mirror.add_argument("suite", help="a suite of evals/suites/, or its file")
+    mirror.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR",
+                        help="folder of the copies, a folder per data set named as on the hub")  # fmt: skip
+    mirror.add_argument("--out", type=Path, default=Path("mirrored"), metavar="DIR",
+                        help="folder for the suite (default: %(default)s)")  # fmt: skip
+
+
 def _surroundings(commands: Any) -> None:
     """Keys, machine, tracking store."""
     keys = commands.add_parser("keys", help="list every recipe key with its type, default and meaning", description=(
@@ -142,8 +186,8 @@ def _seeds(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1")
     return int(text)
 
@@ -175,8 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "curation": _sweep_curation,
-                    "ablate": _ablate, "sweep": _sweep, "compare": _compare, "export": _export, "report": _report,
-                    "plan": _plan, "keys": _keys, "doctor": _doctor, "ui": _ui}  # fmt: skip
+                    "data": _check_data, "ablate": _ablate, "sweep": _sweep, "compare": _compare, "export": _export,
+                    "report": _report, "plan": _plan, "benchmarks": _run_benchmarks, "keys": _keys,
+                    "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -281,6 +326,25 @@ def _curate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_data(args: argparse.Namespace) -> int:
+    from sicog_exp.recipe import DataConfig, build_overrides
+
+    overrides = [*args.overrides, *([f"data.root={args.root}"] if args.root else [])]
+    config = build_overrides(DataConfig, "data", overrides)
+    quiet_libraries()
+    from sicog_exp.data.check import Options, check
+    from sicog_exp.data.preview import show, write_page
+
+    found = check(Path(args.file).expanduser(), Options(config, args.model, args.max_length, args.unlabeled,
+                                                        args.images == "all", args.tokens == "all"))  # fmt: skip
+    listing = args.out.with_suffix(".rejected.jsonl") if found.intake.rejected else None
+    write_page(found, args.out)
+    if listing:
+        found.intake.write(listing)
+    show(found, args.out, listing, console())
+    return 1 if found.too_many_bad else 0
+
+
 def _sweep_curation(args: argparse.Namespace) -> int:
     if args.encoder or not Path(args.run).is_dir():
         quiet_libraries()
@@ -351,6 +415,24 @@ def _report(args: argparse.Namespace) -> int:
 
     rebuild(args.runs, args.out)
     print(f"report: {args.out}")
+    return 0
+
+
+def _run_benchmarks(args: argparse.Namespace) -> int:
+    if args.action == "list":
+        from sicog_exp.evaluation.overview import show, suite_names
+
+        show([args.suite] if args.suite else suite_names(), console())
+        return 0
+    quiet_libraries()
+    from sicog_exp.evaluation.mirror import mirror
+
+    made = mirror(args.suite, args.source, args.out)
+    for one in made.tasks:
+        print(f"{one.name}: {len(one.found)} files of {one.data}")
+    for note in made.notes:
+        print(note)
+    print(f"score it with evaluation.suite={made.suite}")
     return 0
 
 

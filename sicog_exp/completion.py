@@ -95,7 +95,7 @@ def _config_class(command: str) -> type:
         from sicog_exp.studies.sweep import StudyConfig
 
         return StudyConfig
-    from sicog_exp.recipe import CurationConfig, Recipe
+    from sicog_exp.recipe import CurationConfig, DataConfig, Recipe
 
     if command == "ablate":
         from sicog_exp.studies.ablate import AblationConfig
@@ -103,6 +103,8 @@ def _config_class(command: str) -> type:
         return type("Ablation", (AblationConfig, Recipe), {})
     if command == "curate":
         return dataclasses.make_dataclass("Curation", [("curation", CurationConfig)])
+    if command == "data":
+        return dataclasses.make_dataclass("Data", [("data", DataConfig)])
     return Recipe
 
 

@@ -7,13 +7,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sicog_exp import cleandata, loop
-from sicog_exp.ahead import check_ahead
+from sicog_exp.ahead import check_ahead, left_out
 from sicog_exp.planning.plan import expected_work
 from sicog_exp.progress import Display
 from sicog_exp.recipe import PlanConfig, Recipe, RecipeError
@@ -46,6 +47,8 @@ def run_experiment(recipe: Recipe, console: Console, part: Part | None = None) -
     finished = whole(store, step, recipe.name, console)
     if finished is None:
         check_ahead(recipe)
+        if unasked := left_out(recipe):
+            console.print(unasked)
         finished = store.run(step)
     elif part is None:
         mark_no_op(recipe.tracking, json.loads((finished / SUMMARY).read_text())["run_id"])
@@ -210,15 +213,22 @@ def check_memory(recipe: Recipe) -> None:
     """Raises RecipeError for a model whose training cannot fit this machine's memory."""
     import psutil
 
-    files = list(loop.base_folder(recipe).glob("*.safetensors"))
-    if not files:
-        raise RecipeError(f"model.base={recipe.model.base}: no safetensors weights in {loop.base_folder(recipe)}")
-    need = WEIGHTS_IN_TRAINING * sum(path.stat().st_size for path in files)
+    files: list[Path] = []
+    for folder in loop.base_folders(recipe):
+        weights = [path for path in loop.model_files(folder) if path.suffix in (".safetensors", ".gguf")]
+        if not weights:
+            raise RecipeError(f"model.base={recipe.model.base}: no safetensors weights in {folder}")
+        files += weights
+    stages = [stage for stage in (recipe.develop, recipe.align, recipe.pretrain, recipe.instruct) if stage.steps]
+    # The language model is nearly all of a large model; by adapters alone it needs no more than its weights.
+    in_full = any(stage.language_lr and not (stage.lora_rank and "language" in stage.lora_parts) for stage in stages)
+    need = (WEIGHTS_IN_TRAINING if in_full else 1) * sum(path.stat().st_size for path in files)
     if recipe.model.torch_device == "cpu" and need > psutil.virtual_memory().total:
         has = psutil.virtual_memory().total / 1e9
-        raise RecipeError(f"model.base={recipe.model.base}: training needs about {need / 1e9:.0f} GB for weights, "
-                          f"gradients and optimizer; this machine has {has:.0f} GB. Use a smaller model or a larger "
-                          "machine")  # fmt: skip
+        name = recipe.model.language or recipe.model.base
+        raise RecipeError(f"model.base={name}: training needs about {need / 1e9:.0f} GB for weights, "
+                          f"gradients and optimizer; this machine has {has:.0f} GB. Use a smaller model, a larger "
+                          "machine or adapters (lora_rank of every stage)")  # fmt: skip
 
 
 def show(finished: Artifact, console: Console) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -204,27 +204,31 @@ def scored(runner: Runner, recipe: Recipe, index: int, model: Artifact, data: Ar
 
 def evaluate(runner: Runner, recipe: Recipe, name: str, model: Artifact, data: Artifact) -> Artifact:
     """Score a generation through lmms-eval."""
-    from sicog_exp.evaluation.benchmarks import suite_state
+    from sicog_exp.evaluation.suites import suite_state
 
-    task = EvaluationTask(recipe.evaluation, recipe.model, suite_state(recipe.evaluation.suite))
+    benchmarks = suite_state(recipe.evaluation.suite, recipe.evaluation.judge)
+    task = EvaluationTask(recipe.evaluation, recipe.model, benchmarks)
     inputs = {"model": model, "data": data}
     return runner.run(Step(name, run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
 
 
 def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+    """Score the model; a killed evaluation goes on with the answers that it had."""
     from sicog_exp.evaluation import benchmarks
+    from sicog_exp.evaluation.answers import KeptAnswers
+    from sicog_exp.evaluation.suites import load_suite
     from sicog_exp.generation.transformers_engine import TransformersEngine
     from sicog_exp.models.loading import work_of
 
-    model = task.model
-    engine = TransformersEngine.from_path(inputs["model"].path, model.generation_dtype, model.torch_device,
-                                          model.trust_remote_code, threads=model.threads)  # fmt: skip
-    suite = benchmarks.load_suite(task.evaluation.suite)
-    scores = benchmarks.evaluate(engine, suite, inputs["data"].path, task.evaluation, workplace.directory,
+    engine = TransformersEngine.from_recipe(inputs["model"].path, task.model)
+    suite = load_suite(task.evaluation.suite)
+    kept = KeptAnswers(engine, workplace.scratch, inputs["model"].content)
+    scores = benchmarks.evaluate(kept, suite, inputs["data"].path, task.evaluation, workplace.directory,
                                  task.evaluation.split)  # fmt: skip
-    workplace.device = model.device_name
-    workplace.add(samples=sum(score.n for score in scores.tasks.values()), model_seconds=engine.busy_seconds,
-                  **work_of(engine.model).of_sampling(engine.counted))  # fmt: skip
+    workplace.device = task.model.device_name
+    workplace.add(samples=sum(score.n for score in scores.tasks.values()),
+                  model_seconds=engine.busy_seconds + kept.kept_seconds,
+                  **work_of(engine.model).of_sampling(kept.counted))  # fmt: skip
 
 
 # What goes in.
@@ -250,8 +254,9 @@ def data_step(recipe: Recipe) -> Step:
 
 def base_step(recipe: Recipe) -> Step:
     """The base model's files under the store's care; its identity is their content, never their path."""
-    folder = base_folder(recipe)
-    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
+    if recipe.model.language:
+        return composed_step(recipe)
+    files = model_files(base_folder(recipe))
 
     def run(task: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
         import shutil
@@ -259,16 +264,51 @@ def base_step(recipe: Recipe) -> Step:
         for path in files:
             shutil.copyfile(path, workplace.directory / path.name)
 
-    digests = hashlib.sha256("".join(f"{p.name}:{file_checksum(p)};" for p in files).encode()).hexdigest()
-    return Step("base", run, {"weights": digests})
+    return Step("base", run, {"weights": digest(files)})
+
+
+def composed_step(recipe: Recipe) -> Step:
+    """A base made of a language model, a vision tower and a fresh projector."""
+    language, vision = base_folders(recipe)
+
+    def run(task: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+        from sicog_exp.models.compose import compose, load_language, load_tower
+        from sicog_exp.models.loading import save_model
+
+        parts = load_language(str(language)), load_tower(str(vision))
+        save_model(*compose(*parts, recipe.seed), workplace.directory)
+
+    weights = {"language": digest(model_files(language)), "vision": digest(model_files(vision))}
+    return Step("base", run, {"weights": weights}, seed=recipe.seed)
+
+
+def model_files(place: Path) -> list[Path]:
+    """What makes up a model in a folder, or the one file that holds it."""
+    return [place] if place.is_file() else sorted(path for path in place.iterdir() if path.suffix in MODEL_FILES)
+
+
+def digest(files: Sequence[Path]) -> str:
+    return hashlib.sha256("".join(f"{p.name}:{file_checksum(p)};" for p in files).encode()).hexdigest()
+
+
+def base_folders(recipe: Recipe) -> list[Path]:
+    """Where the base comes from: its folder, or its parts' (a .gguf file stands for itself). Raises RecipeError."""
+    model = recipe.model
+    if not model.language:
+        return [base_folder(recipe)]
+    return [_folder(f"model.{key}", str(getattr(model, key))) for key in ("language", "vision")]
 
 
 def base_folder(recipe: Recipe) -> Path:
     """The folder that holds the base model; a hub name is downloaded. Raises RecipeError."""
+    return _folder("model.base", recipe.model.base)
+
+
+def _folder(key: str, named: str) -> Path:
     from sicog_exp.models.loading import resolve_base
 
-    name = resolve_base(recipe.model.base)
-    if Path(name).is_dir():
+    name = resolve_base(named)
+    if Path(name).is_dir() or (Path(name).is_file() and name.endswith(".gguf")):
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -276,4 +316,4 @@ def base_folder(recipe: Recipe) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack"]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise RecipeError(f"model.base={name}: neither a folder nor a model that the hub gave us ({error})") from None
+        raise RecipeError(f"{key}={name}: neither a folder nor a model that the hub gave us ({error})") from None

@@ -29,6 +29,7 @@ COT_STEPS = (
     "Step 4: Conclude the task with an answer",
 )
 STEPS: dict[str, tuple[str, ...]] = {"cod": COD_STEPS, "cot": COT_STEPS}
+_WORDINGS = {header: header.split(": ", 1)[1] for headers in STEPS.values() for header in headers}
 
 COD_TURNS = (
     "What stands out in the image?",
@@ -79,8 +80,8 @@ def steps_of(kind: Kind, response: str) -> tuple[str, ...] | None:
 def _content(header: str, body: str) -> str:
     """A step's text without the rest of its header line, whatever that line's wording."""
     first, newline, rest = body.strip().partition("\n")
-    tail = first.removeprefix(header.split(": ", 1)[1])
-    if tail != first and (not newline or re.match(r"\**[.:]\**\s*\w", tail)):
+    tail = first.removeprefix(_WORDINGS[header])
+    if tail != first and (not newline or (tail and re.match(r"\**[.:]\**\s*\w", tail))):
         # our wording, with the content behind it on the same line
         return f"{tail.lstrip(' .:*')}{newline}{rest}".strip()
     return rest.strip() if newline else first

@@ -61,9 +61,10 @@ class DataConfig:
     questions_per_image: int = 4
     """Questions asked about each annotated, unlabeled, development and benchmark image."""
     annotated: str | None = None
-    """`own`: a LLaVA-style JSON/JSONL or a chat-messages JSONL file with responses."""
+    """`own`: rows with responses: LLaVA, ShareGPT or chat messages as JSON, JSONL, Parquet, WebDataset shards (a file,
+    a folder, or a pattern such as part-{000..009}.tar), a saved `datasets` directory, or hub:OWNER/NAME."""
     unlabeled: str | None = None
-    """`own`: a folder of images, or a file of rows with images and (optionally) questions."""
+    """`own`: a folder of images, or rows with an image and (optionally) a question in any form of `annotated`."""
     development: str | None = None
     """`own`: like `annotated`; without it `holdout` of the annotated images is kept for development."""
     benchmark: str | None = None
@@ -95,6 +96,12 @@ class ModelConfig:
 
     base: str = "embedded"
     """`embedded` (shipped with the package), or a folder or hub name of a transformers image-text-to-text model."""
+    language: str | None = None
+    """With `vision`, instead of `base`: a LLaVA is made of this causal language model with a chat template (a folder, a
+    hub name or a .gguf file), that vision tower and a fresh projector."""
+    vision: str | None = None
+    """A CLIP or SigLIP tower (a folder or hub name), or an image-text-to-text model, whose tower is taken; `embedded`
+    takes that of the shipped base."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you say so."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
@@ -104,9 +111,20 @@ class ModelConfig:
     threads: int = 2
     """CPU cores. Micro-batches and sampling batches run side by side, a core each, with the same bits for any number; a
     stage whose batch is one micro-batch uses all cores together, and then the last bits depend on it."""
+    image_pixels: int | None = None
+    """Most pixels that the model sees of an image: fewer tiles (LLaVA-NeXT, LLaVA-OneVision, Idefics3, SmolVLM,
+    InternVL) or a smaller image (Qwen-VL), and so fewer image tokens. As the model's processor says if nothing is."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """How attention is computed; `flash_attention_2` needs the flash-attn package and a GPU."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time, equal bits."""
 
     def __post_init__(self) -> None:
-        _positive(self, "threads")
+        _positive(self, "threads", "image_pixels")
+        both = (self.language is None) == (self.vision is None)
+        _require(both, "model.language and model.vision: a model is made of both or of neither; name the other too")
+        _require(self.language is None or self.base == "embedded", f"model.base={self.base}: leave it out, the base is "
+                 "made of model.language and model.vision")  # fmt: skip
 
     @property
     def generation_dtype(self) -> str:
@@ -158,6 +176,17 @@ class StageConfig:
     """Put several samples in a row of at most `max_length` tokens; no sample attends to another."""
     checkpoint_every: int = 50
     """Steps between checkpoints from which a killed stage continues."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the moments in 8 bits: a quarter of their memory; it needs bitsandbytes and a GPU."""
+    lora_rank: int = 0
+    """Above 0, `lora_parts` train by adapters of this rank (LoRA) and not in full; they are merged when the stage is
+    done. Other parts train in full, at their rate."""
+    lora_alpha: float | None = None
+    """Scale of the adapters, over the rank; twice the rank if nothing is said."""
+    lora_parts: tuple[Literal["vision", "projector", "language"], ...] = ("language",)
+    """Parts whose linear layers get adapters, trained at the part's learning rate."""
+    lora_4bit: bool = False
+    """Hold the adapted parts in 4 bits while their adapters train (QLoRA); it needs bitsandbytes and a GPU."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"steps={self.steps}: must be 0 or more")
@@ -169,6 +198,34 @@ class StageConfig:
         rates = (self.vision_lr, self.projector_lr, self.language_lr)
         _require(min(rates) >= 0, f"learning rates {rates}: must be 0 (frozen) or more")
         _require(self.steps == 0 or max(rates) > 0, "all three learning rates are 0: nothing would train")
+        self._check_adapters()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Parts whose weights train in full."""
+        return tuple(part for part in self._learning if part not in self.adapted)
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Parts whose adapters train."""
+        return self.lora_parts if self.lora_rank else ()
+
+    @property
+    def _learning(self) -> tuple[str, ...]:
+        rates = {"vision": self.vision_lr, "projector": self.projector_lr, "language": self.language_lr}
+        return tuple(part for part, rate in rates.items() if rate > 0)
+
+    def _check_adapters(self) -> None:
+        _require(self.lora_rank >= 0, f"lora_rank={self.lora_rank}: must be 0 (no adapters) or more")
+        _require(self.lora_rank > 0 or not self.lora_4bit, "lora_4bit=true: needs lora_rank above 0, since weights in "
+                 "4 bits cannot train")  # fmt: skip
+        _positive(self, "lora_alpha")
+        if self.lora_rank:
+            _require(len(self.lora_parts) > 0, "lora_parts is empty: name vision, projector or language, or set "
+                     "lora_rank=0")  # fmt: skip
+            frozen = [part for part in self.lora_parts if getattr(self, f"{part}_lr") == 0]
+            _require(not frozen, f"lora_parts names {', '.join(frozen)}, whose learning rate is 0: raise it or leave "
+                     "the part out")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -408,6 +465,8 @@ class EvaluationConfig:
     """Tokens an answer may take."""
     bootstrap: int = 2000
     """Resamples of the image-clustered intervals."""
+    judge: bool = False
+    """Also score the suite's tasks that need a judge model, whose calls cost money; they are left out otherwise."""
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size", "max_new_tokens", "bootstrap")

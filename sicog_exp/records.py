@@ -10,12 +10,17 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from sicog_exp.prompts import KINDS, Kind
 
 IMAGE_PLACEHOLDER = "<image>"
+ROWS_PER_GROUP = 16_384
+"""Records that are written together: a row group of Parquet."""
+ROWS_READ = 1024
+"""Records that are read together."""
 
 
 class RecordError(ValueError):
@@ -135,26 +140,86 @@ def record_from(row: dict[str, Any]) -> Record:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> int:
-    """Write Parquet; raise on a doubled id. Returns the number of rows."""
+    """Write Parquet as the records come; raise on a doubled id. Returns the number of rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [_flat(record) for record in records]
-    ids = [row["id"] for row in rows]
-    if len(set(ids)) != len(ids):
-        doubled = next(i for i in ids if ids.count(i) > 1)
-        raise RecordError(f"{path.name}: id {doubled!r} occurs more than once; ids must be unique")
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     schema = pa.schema([("id", pa.string()), ("messages", pa.list_(message)), ("images", pa.list_(pa.string())),
                         ("kind", pa.string()), ("source", pa.string()), ("family", pa.string())])  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
-    return len(rows)
+    rows = _unique(path, map(_flat, records))
+    count = 0
+    try:
+        with pq.ParquetWriter(path, schema) as writer:
+            for batch in iter(lambda: list(islice(rows, ROWS_PER_GROUP)), []):
+                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+                count += len(batch)
+            if not count:
+                writer.write_table(schema.empty_table())
+    except BaseException:
+        path.unlink(missing_ok=True)  # what was written so far would read as a whole file
+        raise
+    return count
+
+
+def _unique(path: Path, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    seen: set[str] = set()
+    for row in rows:
+        if row["id"] in seen:
+            raise RecordError(f"{path.name}: id {row['id']!r} occurs more than once; ids must be unique")
+        seen.add(row["id"])
+        yield row
+
+
+class RecordFile:
+    """The records of a Parquet file, read as a stream each time they are walked through."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __len__(self) -> int:
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(self.path).num_rows
+
+    def __iter__(self) -> Iterator[Record]:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.path) as file:
+            for batch in file.iter_batches(ROWS_READ):
+                yield from map(record_from, batch.to_pylist())
+
+
+class RecordsById:
+    """Records found by id on a walk through them that goes on from the last one found.
+
+    Ids asked for in the order of the records cost one walk, and one record is held; out of order, each may cost one.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._records = records
+        self._ahead = iter(records)
+        self._last: Record | None = None
+
+    def __getitem__(self, id: str) -> Record:
+        if self._last is None or self._last.id != id:
+            self._last = self._find(id) or self._find_from_start(id)
+        return self._last
+
+    def _find(self, id: str) -> Record | None:
+        return next((record for record in self._ahead if record.id == id), None)
+
+    def _find_from_start(self, id: str) -> Record:
+        self._ahead = iter(self._records)
+        found = self._find(id)
+        if found is None:
+            raise KeyError(id)
+        return found
 
 
 def read_records(path: Path) -> list[Record]:
-    import pyarrow.parquet as pq
-
-    return [record_from(row) for row in pq.read_table(path).to_pylist()]
+    """All records of a file at once; a large one is better walked through (`RecordFile`)."""
+    return list(RecordFile(path))
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -46,7 +46,7 @@ def keys(config: Any = None, prefix: str = "") -> Iterator[Key]:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     sections = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
     for name in (name for name in values if name not in sections):
-        default = yaml.safe_dump(values[name]).removesuffix("...\n").strip()
+        default = yaml.safe_dump(values[name], default_flow_style=True).removesuffix("...\n").strip()
         yield Key(f"{prefix}{name}", shown(hints[name]), default, texts.get(name, ""))
     for name, section in sections.items():
         yield from keys(section, f"{prefix}{name}.")
@@ -67,6 +67,8 @@ def shown(hint: Any) -> str:
         return ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is Mapping:
         return f"names, each with a {shown(typing.get_args(hint)[1])}"
+    if typing.get_origin(hint) is tuple:
+        return f"list of {shown(typing.get_args(hint)[0])}"
     names = [getattr(part, "__name__", str(part)) for part in typing.get_args(hint) or (hint,)]
     return " or ".join({"str": "text", "int": "whole number", "float": "number", "bool": "true, false",
                         "NoneType": "null"}.get(name, name) for name in names)  # fmt: skip

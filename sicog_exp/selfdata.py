@@ -16,9 +16,20 @@ from sicog_exp.curation.oracle import upper_bound
 from sicog_exp.curation.scorers import weights_of
 from sicog_exp.data.readers import words_of
 from sicog_exp.generation.engine import Decoding, Request
+from sicog_exp.generation.pool_index import PoolIndex
 from sicog_exp.prompts import Kind, final_text, prompt, question_of
 from sicog_exp.recipe import CurationConfig, ModelConfig, Recipe, RecipeError, SamplingConfig
-from sicog_exp.records import Record, conversation, read_jsonl, read_records, user, write_jsonl, write_records
+from sicog_exp.records import (
+    Record,
+    RecordFile,
+    RecordsById,
+    conversation,
+    read_jsonl,
+    read_records,
+    user,
+    write_jsonl,
+    write_records,
+)
 from sicog_exp.store import Artifact, Step, Workplace
 from sicog_exp.training.stages import WEIGHTS, MixtureData, TrainingTask
 
@@ -40,7 +51,7 @@ class PoolTask:
     max_pixels: int = 50_000_000
 
 
-def requests_for(task: PoolTask, unlabeled: Sequence[Record], root: Path) -> list[Request]:
+def requests_for(task: PoolTask, unlabeled: Iterable[Record], root: Path) -> list[Request]:
     """One request per unlabeled item and kind. Indices go on from iteration to iteration, so that pooled candidates
     differ in key and seed."""
     requests = []
@@ -57,9 +68,9 @@ def requests_for(task: PoolTask, unlabeled: Sequence[Record], root: Path) -> lis
     return requests
 
 
-def items_of(inputs: Mapping[str, Artifact]) -> list[Record]:
+def items_of(inputs: Mapping[str, Artifact]) -> RecordFile:
     """The records to sample for: those of `items` where there is such an input, else the data set's unlabeled ones."""
-    return read_records(inputs.get("items", inputs["data"]) / "unlabeled.parquet")
+    return RecordFile(inputs.get("items", inputs["data"]) / "unlabeled.parquet")
 
 
 def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
@@ -68,9 +79,7 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     from sicog_exp.generation.transformers_engine import TransformersEngine
     from sicog_exp.models.loading import work_of
 
-    engine = TransformersEngine.from_path(inputs["generator"].path, task.model.generation_dtype,
-                                          task.model.torch_device, task.model.trust_remote_code,
-                                          threads=task.model.threads)  # fmt: skip
+    engine = TransformersEngine.from_recipe(inputs["generator"].path, task.model)
     requests = requests_for(task, items_of(inputs), inputs["data"].path)
     sampling = task.sampling
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)
@@ -102,19 +111,17 @@ class CurationTask:
     curation: CurationConfig
 
 
-def pool_rows(unlabeled: Sequence[Record], pools: Sequence[Artifact]) -> Iterator[dict]:
+def pool_rows(unlabeled: Iterable[Record], pools: Sequence[Artifact]) -> Iterator[dict]:
     """One row per unlabeled item that any pool sampled, with all its candidates: what `sicog curate` reads.
 
-    Joined by sample id, never by position (paper.md, defects).
+    Joined by sample id, never by position (paper.md, defects). `unlabeled` is walked through once a group of pools
+    where they have its order, as they do.
     """
-    candidates: dict[str, list[dict]] = {}
-    for pool in pools:
-        for row in read_jsonl(pool / "candidates.jsonl"):
-            kept = {name: row[name] for name in ("kind", "text", "finish_reason", "logprob", "tokens")}
-            candidates.setdefault(row["sample_id"], []).append(kept)
-    known = {record.id: record for record in unlabeled}
-    for sample_id, texts in candidates.items():
+    known = RecordsById(unlabeled)
+    for sample_id, candidates in PoolIndex([pool / "candidates.jsonl" for pool in pools]):
         record = known[sample_id]
+        kept = ("kind", "text", "finish_reason", "logprob", "tokens")
+        texts = [{name: row[name] for name in kept} for row in candidates]
         question = question_of(record.kind, words_of(record.prompt[-1]))
         family = {"family": record.family} if record.family else {}
         yield {"id": sample_id, "kind": group_of(record.kind), "prompt": question,
@@ -185,21 +192,27 @@ def curate(task: CurationTask, inputs: Mapping[str, Artifact], workplace: Workpl
     The truth is read for upper bounds alone.
     """
     data, folder = inputs["data"], workplace.directory
-    unlabeled = read_records(data / "unlabeled.parquet")
+    unlabeled = RecordFile(data / "unlabeled.parquet")
     pools = [artifact for name, artifact in inputs.items() if name.startswith("pool")]
     items = write_jsonl(folder / "pool.jsonl", pool_rows(unlabeled, pools))
     embeddings = [artifact.path for name, artifact in inputs.items() if name.startswith("embeddings")]
     encoder = stored_encoder(task.curation.encoder, embeddings)
     judge = upper_bound(task.curation, read_truth(data.path)) if task.curation.is_upper_bound else None
     summary = curate_file(folder / "pool.jsonl", folder, task.curation, encoder, judge)
-    images = {record.id: record.images for record in unlabeled}
-    kept = [row for row in read_jsonl(folder / "curated.jsonl") if row["kept"]]
-    rows = {row["id"]: list(training_rows(row, images[row["id"]])) for row in kept}
-    write_records(folder / "self.parquet", [record for records in rows.values() for record in records])
+    write_records(folder / "self.parquet", (record for record, _ in weighted_rows(folder, unlabeled)))
     if task.curation.disagreement_weight > 1 and task.curation.select == "best":
-        weights = ({"id": record.id, "weight": row["weight"]} for row in kept for record in rows[row["id"]])
+        weights = ({"id": record.id, "weight": weight} for record, weight in weighted_rows(folder, unlabeled))
         write_jsonl(folder / WEIGHTS, weights)
     workplace.add(samples=items, kept=summary["kept"])
+
+
+def weighted_rows(curated: Path, unlabeled: Iterable[Record]) -> Iterator[tuple[Record, float | None]]:
+    """The training rows of the kept items with the weight that curation gave them, in the items' order."""
+    known = RecordsById(unlabeled)
+    for row in read_jsonl(curated / "curated.jsonl"):
+        if row["kept"]:
+            for record in training_rows(row, known[row["id"]].images):
+                yield record, row.get("weight")
 
 
 def curate_pools(name: str, curation: CurationConfig, data: Artifact, pools: Sequence[Artifact],

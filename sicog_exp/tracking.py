@@ -175,10 +175,12 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def table_link(experiment_id: str, metric: str) -> str:
-    """Where the UI shows all generations of an experiment, the best by `metric` first."""
+    """Where the UI shows all scored generations of an experiment, the best by `metric` first; those of a
+    search's trials have no score of their own and would bury them."""
     from urllib.parse import quote
 
-    chosen = {"searchFilter": "tags.`sicog.level` = 'generation'", "orderByKey": f"metrics.`{metric}`"}
+    scored = f"tags.`sicog.level` = 'generation' and metrics.`{metric}` >= 0"
+    chosen = {"searchFilter": scored, "orderByKey": f"metrics.`{metric}`"}
     query = "&".join(f"{name}={quote(value, safe='')}" for name, value in chosen.items())
     return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&orderByAsc=false&{query}"
 

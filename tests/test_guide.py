@@ -116,7 +116,9 @@ def test_the_benchmark_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Mon
     from oracle import OracleEngine
     from PIL import Image
 
-    from sicog_exp.evaluation.benchmarks import check_suite, evaluate, load_suite, read_samples, suite_state
+    from sicog_exp.evaluation.benchmarks import evaluate, read_samples
+    from sicog_exp.evaluation.ready import check_suite
+    from sicog_exp.evaluation.suites import load_suite, suite_state
     from sicog_exp.recipe import EvaluationConfig
 
     for name, text in DEFINED.findall((REPOSITORY / "docs" / "your-benchmark.md").read_text()):

@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sicog_exp.cli import main
-from sicog_exp.models.loading import EMBEDDED_BASE
+from sicog_exp.models.loading import EMBEDDED_BASE, ModelError
 from sicog_exp.models.shapes import PUBLISHED, encoder_parameters, read_shape
 from sicog_exp.planning import plan as p
 from sicog_exp.planning.contents import Contents, Held, Rows, Ruler, read_contents
 from sicog_exp.planning.devices import DEVICES
 from sicog_exp.planning.show import duration, si, size, stages
 from sicog_exp.planning.tasks import read_tasks
-from sicog_exp.recipe import Recipe, load
+from sicog_exp.recipe import EvaluationConfig, Recipe, load
 
 WITHIN = 0.25
 """How far a plan may be from what a run measured."""
@@ -100,6 +100,20 @@ def test_no_weights_are_needed(embedded: p.Plan, tmp_path: Path) -> None:
     other = replace(recipe, model=replace(recipe.model, base=str(bare)))
     compared = [[step for step in plan.steps if step.step != "base"] for plan in (embedded, planned(other))]
     assert compared[0] == compared[1]
+
+
+def test_parts_put_together_have_a_shape_of_both(tmp_path: Path) -> None:
+    from sicog_exp.models.shapes import composed_shape
+
+    base = str(EMBEDDED_BASE)
+    with pytest.raises(ModelError, match=r"model\.language=nowhere.*set plan\.shape"):
+        composed_shape("nowhere", base)
+    whole = read_shape(base)
+    text = json.loads((EMBEDDED_BASE / "config.json").read_text())["text_config"]
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    shape = composed_shape(str(tmp_path), base)
+    assert (shape.parts["vision"], shape.image_tokens) == (whole.parts["vision"], 9)
+    assert shape.parts["language"] == whole.parts["language"]
 
 
 def test_a_model_without_a_processor_is_measured_by_characters(embedded: p.Plan, tmp_path: Path) -> None:
@@ -190,18 +204,21 @@ def test_data_that_are_not_at_hand_are_assumed_and_said_so(tmp_path: Path) -> No
 
 def test_tasks_are_read_without_the_harness() -> None:
     splits = {"benchmark": Held(2080, 520), "development": Held(800, 200)}
-    found = read_tasks("embedded", "benchmark", splits, 5)
+    found = read_tasks(EvaluationConfig("embedded"), "benchmark", splits, 5)
     assert [(task.kind, task.questions, task.known) for task in found] == [
         ("direct", 2080, True), ("cot", 2080, True), ("direct", 1000, True)]  # fmt: skip
     assert [task.max_new_tokens for task in found] == [32, 1200, 32]
     assert found[2].per_picture == pytest.approx(9673 / 1000, rel=0.01)
-    assert [task.questions for task in read_tasks("embedded", "development", splits, 5)] == [800, 800]
+    assert [task.questions for task in read_tasks(EvaluationConfig(), "development", splits, 5)] == [800, 800]
 
 
 def test_tasks_that_are_not_ours_have_assumed_questions(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text("name: s\nbenchmark: [{task: mmstar}, {task: ai2d, limit: 300}]\n")
-    found = read_tasks(str(tmp_path / "suite.yaml"), "benchmark", {}, 1500)
+    found = read_tasks(EvaluationConfig(str(tmp_path / "suite.yaml")), "benchmark", {}, 1500)
     assert [(task.questions, task.known) for task in found] == [(1500, False), (300, False)]
+    scored_by_rules = read_tasks(EvaluationConfig("paper"), "benchmark", {}, 1500)
+    assert len(scored_by_rules) == 10
+    assert len(read_tasks(EvaluationConfig("paper", judge=True), "benchmark", {}, 1500)) == 12
 
 
 # The arithmetic.
@@ -250,6 +267,18 @@ def test_the_control_s_later_generations_are_the_first_one() -> None:
     names = Counter(step.step for step in two.steps)
     assert names["develop-perception"] == names["develop-reasoning"] == 2
     assert (names["align"], names["instruct"]) == (1, 3)
+
+
+def test_adapters_and_recomputation_trade_memory_for_work() -> None:
+    whole = stages(planned(load(PAPER), "a100"))["instruct"]
+    lora = [f"{stage}.{key}" for stage in ("develop", "pretrain", "instruct") for key in
+            ("lora_rank=16", "lora_4bit=true", "lora_parts=[vision,language]", "optimizer=adamw_8bit")]  # fmt: skip
+    small = stages(planned(load(PAPER, lora), "a100"))["instruct"]
+    assert small.state < whole.state / 20
+    assert 0.6 < small.flops / whole.flops < 0.72  # no gradients of weights: 4 of 6
+    again = stages(planned(load(PAPER, ["model.gradient_checkpointing=true"]), "a100"))["instruct"]
+    assert again.flops == pytest.approx(8 / 6 * whole.flops)
+    assert again.memory - again.state < 0.4 * (whole.memory - whole.state)
 
 
 def test_more_work_costs_more(embedded: p.Plan) -> None:

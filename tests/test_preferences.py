@@ -173,6 +173,7 @@ class Steps:
 
     def run(self, step: Step) -> Artifact:
         artifact = self.store.run(step, lambda done, total: self.stop(step.name, done))
+        self.done.append((self.generation, artifact))
         self.made[f"G{self.generation} {step.name}"] = artifact
         self.done.append((self.generation, artifact))
         return artifact

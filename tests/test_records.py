@@ -17,6 +17,8 @@ from sicog_exp.records import (
     Message,
     Record,
     RecordError,
+    RecordFile,
+    RecordsById,
     candidate_from,
     candidate_row,
     conversation,
@@ -134,3 +136,35 @@ def test_jsonl_never_holds_what_json_does_not_know(tmp_path: Path) -> None:
         write_jsonl(tmp_path / "c.jsonl", [{"logprob": math.nan}])
     write_jsonl(tmp_path / "d.jsonl", [{"b": 1, "a": "é"}])
     assert json.loads((tmp_path / "d.jsonl").read_text()) == {"b": 1, "a": "é"}
+
+
+def test_a_record_file_is_walked_through_and_written_as_it_comes(tmp_path: Path, monkeypatch: Any) -> None:
+    """More rows than are written or read together; the file on its way is no file."""
+    monkeypatch.setattr("sicog_exp.records.ROWS_PER_GROUP", 8)
+    monkeypatch.setattr("sicog_exp.records.ROWS_READ", 3)
+    made = [record(id=str(i)) for i in range(20)]
+    assert write_records(tmp_path / "r.parquet", iter(made)) == 20
+    file = RecordFile(tmp_path / "r.parquet")
+    assert list(file) == list(file) == read_records(tmp_path / "r.parquet") == made
+    assert len(file) == 20
+    with pytest.raises(RecordError, match="'3' occurs more than once"):
+        write_records(tmp_path / "bad.parquet", iter([*made, made[3]]))
+    assert not (tmp_path / "bad.parquet").exists()
+    assert write_records(tmp_path / "none.parquet", iter(())) == 0
+    assert list(RecordFile(tmp_path / "none.parquet")) == []
+
+
+def test_records_are_found_in_any_order_and_in_one_walk_in_theirs() -> None:
+    walks = []
+
+    class Counted:
+        def __iter__(self) -> Any:
+            walks.append(1)
+            return iter(record(id=str(i)) for i in range(6))
+
+    known = RecordsById(Counted())
+    assert [known[id].id for id in "013355"] == list("013355")
+    assert len(walks) == 1
+    assert [known[id].id for id in "20521"] == list("20521")
+    with pytest.raises(KeyError):
+        known["absent"]

@@ -37,6 +37,37 @@ class Example:
         return len(self.input_ids)
 
 
+class ImageInputs(dict[str, Any]):
+    """What the model takes for one example's images: tensors by name, the first dimension counting images, tiles or
+    patches. `places` are the texts that stand where the conversation shows each image: its tokens, and what the model
+    expects around them."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], places: Sequence[str]) -> None:
+        super().__init__(tensors)
+        self.places = tuple(places)
+
+
+def join_images(inputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors of several examples as one batch. Images of fewer tiles, or smaller ones, are padded with zeros at
+    their ends, as the processors do themselves."""
+    return {name: _joined([tensors[name] for tensors in inputs]) for name in (inputs[0] if inputs else ())}
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    shapes = [tensor.shape[1:] for tensor in tensors]
+    if len(set(shapes)) == 1:
+        return torch.cat(list(tensors))
+    shape = [max(sizes) for sizes in zip(*shapes)]
+    whole = tensors[0].new_zeros(sum(map(len, tensors)), *shape)
+    filled = 0
+    for tensor in tensors:
+        whole[(slice(filled, filled + len(tensor)), *(slice(size) for size in tensor.shape[1:]))] = tensor
+        filled += len(tensor)
+    return whole
+
+
 def to_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages in the form that processors' chat templates take: content as text and image parts."""
     return [{"role": m.role, "content": _parts(m.content)} for m in messages]
@@ -60,15 +91,32 @@ class ChatEncoder:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token: str = processor.image_token
+        self._image_ids = set(processor.image_token_ids)
         start = self.tokenizer.encode("")
         # Llama-like models expect a token in front of every text, which chat templates leave to the tokenizer.
         self._start: list[int] = start if start == [self.tokenizer.bos_token_id] else []
 
-    def pixels(self, images: Sequence[Image | NDArray[np.uint8]]) -> Mapping[str, torch.Tensor]:
-        """The processor's image tensors for one example's images (for LLaVA: pixel_values (images, 3, H, W))."""
-        return self.processor.image_processor(images=list(images), return_tensors="pt")
+    def pixels(self, images: Sequence[Image | NDArray[np.uint8]]) -> ImageInputs:
+        """The processor's tensors for one example's images (for LLaVA: pixel_values (images, 3, H, W)).
 
-    def prompt(self, messages: Sequence[Message], image_inputs: Mapping[str, Any] | None) -> list[int]:
+        The processor itself says what it puts in each image's place, whatever it counts: tiles, rows, patches.
+        """
+        import torch
+
+        try:
+            made = self.processor(images=[list(images)], text=[self.image_token * len(images)],
+                                  return_text_replacement_offsets=True, images_kwargs={"return_tensors": "pt"})
+            places = [place["replacement"] for place in made.pop("text_replacement_offsets")[0]]
+        except (KeyError, NotImplementedError) as error:
+            raise ChatError(f"{type(self.processor).__name__} does not say what stands in an image's place "
+                            f"({error!r}); this architecture is not supported yet") from None  # fmt: skip
+        return ImageInputs({name: value for name, value in made.items() if isinstance(value, torch.Tensor)}, places)
+
+    def image_length(self, image: Image) -> int:
+        """Tokens that one image takes in a conversation without others."""
+        return len(self.tokenizer.encode(self.pixels([image]).places[0], add_special_tokens=False))
+
+    def prompt(self, messages: Sequence[Message], image_inputs: ImageInputs | None) -> list[int]:
         """Tokens up to where the assistant begins to speak, cut into the same pieces as in `example`."""
         earlier, done = self._pieces(messages)
         text = self._render(messages, generation=True)
@@ -77,7 +125,7 @@ class ChatEncoder:
         pieces = [*(piece for piece, _ in earlier), text[len(done) :]]
         return [token for tokens in self._tokens(self._expand(pieces, image_inputs)) for token in tokens]
 
-    def example(self, messages: Sequence[Message], image_inputs: Mapping[str, Any] | None, max_length: int) -> Example:
+    def example(self, messages: Sequence[Message], image_inputs: ImageInputs | None, max_length: int) -> Example:
         """A whole conversation with its label mask: loss on every assistant turn and its end, nowhere else.
 
         Raises ChatError when the prompt alone, image tokens included, does not fit; a longer response is cut at its
@@ -99,8 +147,7 @@ class ChatEncoder:
         return Example(ids[:max_length], labels[:max_length])
 
     def _check_images_kept(self, ids: list[int], max_length: int) -> None:
-        image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        if image_id in ids[max_length:]:
+        if self._image_ids.intersection(ids[max_length:]):
             raise ChatError(f"max_length={max_length} would cut image tokens of a {len(ids)} token conversation")
 
     def _pieces(self, messages: Sequence[Message]) -> tuple[list[tuple[str, bool]], str]:
@@ -131,24 +178,18 @@ class ChatEncoder:
     def _render(self, messages: Sequence[Message], generation: bool) -> str:
         return self.processor.apply_chat_template(to_chat(messages), add_generation_prompt=generation, tokenize=False)
 
-    def _expand(self, texts: Sequence[str], image_inputs: Mapping[str, Any] | None) -> list[str]:
-        """Each image placeholder becomes as many image tokens as the model will fill, counted over all texts."""
-        index = 0
+    def _expand(self, texts: Sequence[str], image_inputs: ImageInputs | None) -> list[str]:
+        """Each image placeholder becomes what the model expects there, counted over all texts."""
+        places = image_inputs.places if image_inputs else ()
+        shown = sum(text.count(self.image_token) for text in texts)
+        if shown > len(places):
+            raise ChatError(f"the conversation shows {shown} images, and {len(places)} came with it")
+        rest = iter(places)
         expanded = []
         for text in texts:
-            head, *rest = text.split(self.image_token)
-            for part in rest:
-                head += self._image_tokens(image_inputs, index) + part
-                index += 1
-            expanded.append(head)
+            head, *parts = text.split(self.image_token)
+            expanded.append(head + "".join(next(rest) + part for part in parts))
         return expanded
-
-    def _image_tokens(self, image_inputs: Mapping[str, Any] | None, index: int) -> str:
-        try:
-            return self.processor.replace_image_token(image_inputs, index)
-        except KeyError as error:
-            raise ChatError(f"{type(self.processor).__name__} counts image tokens from {error} besides pixels; "
-                            "this architecture is not supported yet") from None  # fmt: skip
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each piece of one conversation, the first one with what the model expects in front."""

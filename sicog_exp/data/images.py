@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,12 @@ FORMATS = tuple(SUFFIXES)
 """Formats that are decoded; any other is an ImageError."""
 IMAGES = "images"
 """Folder of a data set directory that holds its images."""
+EMBEDDED = "embedded in the row"
+"""Name of an image that comes as bytes."""
+LATEST = 64
+"""Embedded images whose bytes a check remembers, for a look at them."""
+LYING = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height (EXIF 2.3, tag 274)."""
 
 
 class ImageError(ValueError):
@@ -68,6 +74,11 @@ def open_image(root: Path, name: str, max_pixels: int) -> Image:
     return _read(resolve(root, name), name, max_pixels)[0]
 
 
+def open_bytes(content: bytes, max_pixels: int) -> Image:
+    """An image file's bytes as `open_image` would open the file. Raises ImageError."""
+    return _decode(io.BytesIO(content), EMBEDDED, max_pixels)[0]
+
+
 def check_image(root: Path, name: str, max_pixels: int) -> tuple[int, int]:
     """Width and height, after decoding the whole image. Raises ImageError as `open_image` does."""
     return open_image(root, name, max_pixels).size
@@ -79,16 +90,29 @@ def pixel_hash(image: Image) -> str:
 
 
 def _read(path: Path, name: str, max_pixels: int) -> tuple[Image, str]:
+    with _opened(path, name) as file:
+        return _decode(file, name, max_pixels)
+
+
+def _opened(path: Path, name: str) -> BinaryIO:
     try:
-        file = path.open("rb")
+        return path.open("rb")
     except OSError as error:
         raise ImageError(name, f"cannot be opened ({error.strerror})", "check its permissions") from None
-    with file:
-        return _decode(file, name, max_pixels)
 
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> tuple[Image, str]:
     """The decoded image and its format. The header's size is checked before any pixel is decoded."""
+    image = _open(file, name, max_pixels)
+    try:
+        with _whole_files_only():
+            return upright_rgb(image), str(image.format)
+    except Exception as error:
+        raise _damaged(name, error) from None
+
+
+def _open(file: BinaryIO, name: str, max_pixels: int) -> Image:
+    """The image with its header read: an allowed format, and not too large."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -103,11 +127,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> tuple[Image, str]:
     if image.width * image.height > max_pixels:
         reason = f"has {image.width} x {image.height} pixels, more than {max_pixels}"
         raise ImageError(name, reason, "scale it down or raise data.max_pixels")
-    try:
-        with _whole_files_only():
-            return upright_rgb(image), str(image.format)
-    except Exception as error:
-        raise _damaged(name, error) from None
+    return image
 
 
 @contextmanager
@@ -141,6 +161,55 @@ def upright_rgb(image: Image) -> Image:
     return upright.convert("RGB")
 
 
+class Images(Protocol):
+    """Where readers put images, and what checks them on the way."""
+
+    def add(self, root: Path, image: str | bytes) -> str:
+        """The name by which a record knows an image: a name under `root`, or a file's bytes. Raises ImageError."""
+        ...
+
+
+@dataclass
+class ImageHeaders:
+    """Checks images without keeping them: that they are there, of an allowed format and not too large.
+
+    A file cut behind its header shows only where pixels are decoded (`decode`), which takes twenty times as long and
+    more.
+    """
+
+    max_pixels: int
+    decode: bool = False
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Name -> width and height, upright; bytes are named by their hash."""
+    latest: dict[str, bytes] = field(default_factory=dict)
+    """The embedded images that came last."""
+
+    def add(self, root: Path, image: str | bytes) -> str:
+        if isinstance(image, str):
+            if image not in self.sizes:
+                with _opened(resolve(root, image), image) as file:
+                    self.sizes[image] = self._size(file, image)
+            return image
+        name = f"{EMBEDDED}:{hashlib.sha256(image).hexdigest()[:32]}"
+        if name not in self.sizes:
+            self.sizes[name] = self._size(io.BytesIO(image), EMBEDDED)
+        self.latest.pop(name, None)
+        self.latest[name] = image
+        if len(self.latest) > LATEST:
+            del self.latest[next(iter(self.latest))]
+        return name
+
+    def _size(self, file: BinaryIO, name: str) -> tuple[int, int]:
+        if self.decode:
+            return _decode(file, name, self.max_pixels)[0].size
+        image = _open(file, name, self.max_pixels)
+        try:
+            lies = "exif" in image.info and image.getexif().get(0x0112) in LYING
+        except Exception as error:
+            raise _damaged(name, error) from None
+        return (image.height, image.width) if lies else image.size
+
+
 @dataclass
 class ImageFolder:
     """Collects a data set's images in `directory/images`, so that the data set holds all its pixels.
@@ -161,7 +230,7 @@ class ImageFolder:
     def add(self, root: Path, image: str | bytes) -> str:
         """The relative path of a copied image: a name under `root`, or a file's bytes. Raises ImageError."""
         if isinstance(image, bytes):
-            return self._store(image, *_decode(io.BytesIO(image), "embedded in the row", self.max_pixels))
+            return self._store(image, *_decode(io.BytesIO(image), EMBEDDED, self.max_pixels))
         path = resolve(root, image)
         if str(path) not in self._known:
             decoded, kind = _read(path, image, self.max_pixels)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sicog_exp.data.chat import ChatEncoder, ChatError, Example
+from sicog_exp.data.chat import ChatEncoder, ChatError, Example, ImageInputs, join_images
 from sicog_exp.recipe import CapsConfig
 from sicog_exp.records import Record
 
@@ -55,10 +55,10 @@ class ImageTensors:
 
     def __init__(self, root: Path, encoder: ChatEncoder, max_pixels: int) -> None:
         self._root, self._encoder, self._max_pixels = root, encoder, max_pixels
-        self._kept: OrderedDict[tuple[str, ...], Mapping[str, torch.Tensor]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, ...], ImageInputs] = OrderedDict()
         self._bytes = 0
 
-    def of(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor] | None:
+    def of(self, images: tuple[str, ...]) -> ImageInputs | None:
         """Tensors of one example's images; None for an example without."""
         if not images:
             return None
@@ -67,12 +67,12 @@ class ImageTensors:
         self._kept.move_to_end(images)
         return self._kept[images]
 
-    def _open(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
+    def _open(self, images: tuple[str, ...]) -> ImageInputs:
         from sicog_exp.data.images import open_image
 
-        return dict(self._encoder.pixels([open_image(self._root, name, self._max_pixels) for name in images]))
+        return self._encoder.pixels([open_image(self._root, name, self._max_pixels) for name in images])
 
-    def _keep(self, images: tuple[str, ...], tensors: Mapping[str, torch.Tensor]) -> None:
+    def _keep(self, images: tuple[str, ...], tensors: ImageInputs) -> None:
         self._kept[images] = tensors
         self._bytes += _size(tensors)
         while self._bytes > CACHE_BYTES and len(self._kept) > 1:
@@ -235,10 +235,7 @@ def pack(bins: Sequence[Sequence[Row]], pad_id: int) -> dict[str, Any]:
         batch["segments"][i, place] = segment
         filled[i] += n
     batch["sources"] = [row.source for _, row in samples]
-    pictured = [row.image_inputs for _, row in samples if row.image_inputs is not None]
-    for name in pictured[0] if pictured else ():
-        batch[name] = torch.cat([inputs[name] for inputs in pictured])
-    return batch
+    return batch | join_images([row.image_inputs for _, row in samples if row.image_inputs is not None])
 
 
 def fill_bins(rows: Sequence[Row], length: int) -> list[list[Row]]:

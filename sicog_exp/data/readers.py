@@ -1,44 +1,42 @@
 """Users' files, read row by row: what is usable becomes a record, what is not is set aside with reason and fix.
 
-Accepted: LLaVA-style rows (`conversations`) and chat rows (`messages`), as JSON (a list), JSONL, Parquet or a
-saved `datasets` directory; and, for unlabeled images, a plain folder or rows of `image` and `question`.
+Accepted: LLaVA-style and ShareGPT rows (`conversations`) and chat rows (`messages`), in every format of
+`data/formats.py`; and, for unlabeled images, a plain folder or rows of `image` and `question`.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sicog_exp import prompts
-from sicog_exp.data.images import ImageError, ImageFolder
+from sicog_exp.data.formats import BadRow, DataError, Found, found_rows, is_hub, is_saved, is_shard_folder
+from sicog_exp.data.images import ImageError, Images
 from sicog_exp.records import IMAGE_PLACEHOLDER, Message, Record, RecordError, user, write_jsonl
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TURNS = ("conversations", "conversation", "messages")
+SPEAKERS, WORDS = ("from", "role"), ("value", "content", "text")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+         "model": "assistant", "bot": "assistant", "system": "system"}  # fmt: skip
 SHORT_ANSWER_WORDS = 12
 """A longer response to a prompt without a question mark counts as a detailed description."""
 SET_ASIDE = ("repeated", "held out")
 """Problems of usable rows that are left out on purpose; they don't count against `max_bad_share`."""
 
 
-class DataError(ValueError):
-    """Data that cannot carry a run; the message names the path, what is wrong and the fix."""
-
-
-class BadRow(Exception):
-    """One unusable row: its problem in a word or two, the reason and the fix."""
-
-    def __init__(self, problem: str, reason: str, fix: str) -> None:
-        super().__init__(reason)
-        self.problem, self.reason, self.fix = problem, reason, fix
+__all__ = ["BadRow", "DataError", "Intake", "Rejection", "Request", "read_annotated", "read_unlabeled"]
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """A row set aside. `row` counts from 1: the line of a JSONL file, else the position in the list or folder."""
+    """A row set aside. `row` counts from 1: the line of a JSONL file, else the position in the list, shard or folder.
+
+    `part` is the shard that holds the row, "" where the file is one.
+    """
 
     file: str
     row: int
@@ -46,6 +44,7 @@ class Rejection:
     problem: str
     reason: str
     fix: str
+    part: str = ""
 
 
 @dataclass
@@ -59,13 +58,16 @@ class Intake:
     """Rows or files beyond the wanted number of images, by source."""
     reworded: Counter[str] = field(default_factory=Counter)
     """Rows whose prompt was replaced by the prompt table's wording, by source."""
-    origin: dict[tuple[str, str], int] = field(default_factory=dict)
-    """(record's source, id) -> row in its file."""
+    renamed: Counter[str] = field(default_factory=Counter)
+    """Rows whose id other rows have too, and which got a number behind it, by source."""
+    origin: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
+    """(record's source, id) -> part and row of its file."""
 
-    def reject(self, file: Path, row: int, id: object, bad: BadRow) -> None:
-        texts = (_printable(text) for text in (str(file), str(id or ""), bad.reason))
-        name, shown, reason = texts
-        self.rejected.append(Rejection(name, row, shown, bad.problem, reason, bad.fix))
+    def reject(self, file: Path, place: tuple[str, int], id: object, bad: BadRow) -> None:
+        """Set aside the row at `place`: its part of the file ("" for the only one) and its number there."""
+        texts = (_printable(text) for text in (str(file), str(id or ""), bad.reason, place[0]))
+        name, shown, reason, part = texts
+        self.rejected.append(Rejection(name, place[1], shown, bad.problem, reason, bad.fix, part))
 
     def bad(self, file: Path) -> list[Rejection]:
         """The unusable rows of one file."""
@@ -79,110 +81,22 @@ class Intake:
             raise DataError(f"{file}: holds no rows or images; name a file or folder that does")
         if len(bad) == read or len(bad) > max_bad_share * read:
             self.write(listing)
-            first = "".join(f"\n  row {r.row} ({r.id or 'no id'}): {r.reason}; {r.fix}" for r in bad[:3])
+            first = "".join(f"\n  {_place(r.part, r.row)} ({r.id or 'no id'}): {r.reason}; {r.fix}" for r in bad[:3])
             raise DataError(f"{file}: {len(bad)} of {read} rows are unusable (data.max_bad_share={max_bad_share}); "
                             f"all are listed in {listing}. The first:{first}")  # fmt: skip
 
     def write(self, listing: Path) -> None:
-        write_jsonl(listing, (asdict(row) for row in self.rejected))
+        rows = (asdict(row) for row in self.rejected)
+        write_jsonl(listing, ({k: v for k, v in row.items() if v or k != "part"} for row in rows))
+
+
+def _place(part: str, row: int) -> str:
+    return f"row {row} of {part}" if part else f"row {row}"
 
 
 def _printable(text: str, limit: int = 300) -> str:
     """Text that UTF-8 can hold, cut to a length a log line bears."""
     return text.encode("utf-8", "replace").decode()[:limit]
-
-
-# Rows of a file, whatever its format.
-
-
-def raw_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, parsed row or the BadRow that it is) of a file or a saved `datasets` directory.
-
-    Raises DataError where the file as a whole cannot be read.
-    """
-    if file.is_dir():
-        return enumerate(_saved_dataset_rows(file), 1)
-    if not file.is_file():
-        raise DataError(f"{file}: no such file; correct the path in the recipe")
-    if file.suffix == ".parquet":
-        return enumerate(_parquet_rows(file), 1)
-    if file.suffix not in (".json", ".jsonl", ".ndjson"):
-        raise DataError(f"{file}: unknown kind of file; use .json, .jsonl, .parquet or a saved datasets directory")
-    return enumerate(_list_rows(file), 1) if _is_list(file) else _line_rows(file)
-
-
-def _is_list(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") and file.suffix == ".json"
-
-
-def _line_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield number, _json_row(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-
-
-def _json_row(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRow("encoding", f"not UTF-8 (byte {error.start} of the row)", "save the file as UTF-8")
-    except (ValueError, RecursionError) as error:
-        return BadRow("json", f"malformed JSON: {error}", "write one JSON object a line")
-
-
-def _list_rows(file: Path) -> Iterator[Any]:
-    """The items of one big JSON list, parsed one at a time. Broken JSON inside cannot be skipped: DataError."""
-    # Bytes that are no UTF-8 become lone surrogates here and reject their own row only, in `_text`.
-    text = file.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-    decoder, position = json.JSONDecoder(), _skip(text, text.index("[") + 1)
-    while text[position : position + 1] != "]":
-        try:
-            item, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: malformed JSON: {error}; repair the list or write one object a line (JSONL), "
-                            "where a broken line costs that line only") from None  # fmt: skip
-        yield item
-        position = _skip(text, position)
-        if text[position : position + 1] == ",":
-            position = _skip(text, position + 1)
-        elif text[position : position + 1] != "]":
-            raise DataError(f"{file}: the JSON list breaks off or lacks a comma at character {position}; repair it")
-
-
-def _skip(text: str, position: int) -> int:
-    while text[position : position + 1] in (" ", "\n", "\r", "\t"):
-        position += 1
-    return position
-
-
-def _parquet_rows(file: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(256):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: unreadable Parquet ({error}); write it again") from None
-
-
-def _saved_dataset_rows(directory: Path) -> Iterator[Any]:
-    """Rows without decoding: images stay bytes or paths, so that only our own image code opens them."""
-    if not any((directory / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise DataError(f"{directory}: a folder, but no saved datasets directory; name a file of rows")
-    import datasets
-
-    try:
-        data = datasets.load_from_disk(str(directory))
-    except Exception as error:  # the library raises whatever its readers meet
-        raise DataError(f"{directory}: unreadable datasets directory ({error}); save it again") from None
-    if isinstance(data, datasets.DatasetDict):
-        raise DataError(f"{directory}: holds the splits {', '.join(data)}; name one of their folders")
-    for table in data.with_format("arrow").iter(256):
-        yield from table.to_pylist()
 
 
 # One row.
@@ -238,28 +152,51 @@ def _optional_text(raw: dict[str, Any], key: str) -> str:
 
 def _turns(raw: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[str | bytes, ...]]:
     """Messages, and the images named inside their content parts."""
-    named = {key: raw[key] for key in ("conversations", "messages") if raw.get(key) is not None}
+    named = {key: raw[key] for key in TURNS if raw.get(key) is not None}
     if len(named) != 1:
-        state = "both conversations and messages" if named else "neither conversations nor messages"
+        state = f"both {' and '.join(named)}" if named else "neither conversations nor messages"
         raise BadRow("keys", f"the row has {state}", "write one of them")
     key, turns = next(iter(named.items()))
-    if not isinstance(turns, list) or not turns:
-        raise BadRow("keys", f"{key} is no list of turns", "write a list of turns")
-    speaker, words = ("from", "value") if key == "conversations" else ("role", "content")
-    messages, images = [], []
-    for i, turn in enumerate(turns):
+    messages, images = _system(raw), []
+    for i, turn in enumerate(_listed(key, turns)):
         if not isinstance(turn, dict):
-            raise BadRow("keys", f"{key}[{i}] is no object", f"write {{{speaker!r}: ..., {words!r}: ...}}")
+            raise BadRow("keys", f"{key}[{i}] is no object", "write {'from': ..., 'value': ...} or role and content")
+        speaker, words = (_one_of(turn, names, f"{key}[{i}]") for names in (SPEAKERS, WORDS))
         content, inside = _content(turn.get(words), f"{key}[{i}].{words}")
         messages.append(Message(_role(turn.get(speaker), f"{key}[{i}].{speaker}"), content))  # type: ignore[arg-type]
         images += inside
     return tuple(messages), tuple(images)
 
 
+def _listed(key: str, turns: Any) -> list[Any]:
+    """Turns as a list; a sequence of objects in Parquet may come as one object of lists."""
+    if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
+        lengths = {len(column) for column in turns.values()}
+        turns = [dict(zip(turns, row)) for row in zip(*turns.values())] if len(lengths) == 1 else None
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("keys", f"{key} is no list of turns", "write a list of turns")
+    return turns
+
+
+def _system(raw: dict[str, Any]) -> list[Message]:
+    """ShareGPT rows may keep the system message beside the turns."""
+    text = _optional_text(raw, "system")
+    return [Message("system", text)] if text else []
+
+
+def _one_of(turn: dict[str, Any], names: tuple[str, ...], where: str) -> str:
+    """Which of the names a turn uses; the first one where it uses none."""
+    used = [name for name in names if turn.get(name) is not None]
+    if len(used) > 1:
+        raise BadRow("keys", f"{where} has both {' and '.join(used)}", "write one of them")
+    return used[0] if used else names[0]
+
+
 def _role(value: Any, where: str) -> str:
-    if not isinstance(value, str) or value not in ROLES:
+    role = ROLES.get(value.strip().lower()) if isinstance(value, str) else None
+    if role is None:
         raise BadRow("roles", f"{where} is {value!r}", f"use one of {', '.join(ROLES)}")
-    return ROLES[value]
+    return role
 
 
 def _content(value: Any, where: str) -> tuple[str, list[str | bytes]]:
@@ -310,7 +247,7 @@ def check_placeholders(row: Row) -> None:
         raise BadRow("placeholder", f"{marks} {IMAGE_PLACEHOLDER} but {images} images", fix)
 
 
-def make_record(row: Row, root: Path, folder: ImageFolder, source: str) -> Record:
+def make_record(row: Row, root: Path, folder: Images, source: str) -> Record:
     """The record of an annotated row, its images copied. Raises BadRow."""
     check_placeholders(row)
     _check_turns(row.messages)
@@ -323,7 +260,7 @@ def make_record(row: Row, root: Path, folder: ImageFolder, source: str) -> Recor
         raise BadRow("roles", reason, fix or "correct the row") from None
 
 
-def _add(folder: ImageFolder, root: Path, image: str | bytes) -> str:
+def _add(folder: Images, root: Path, image: str | bytes) -> str:
     try:
         return folder.add(root, image)
     except ImageError as error:
@@ -378,33 +315,65 @@ def _canonical(messages: tuple[Message, ...], kind: str) -> tuple[Message, ...]:
 T = TypeVar("T")
 
 
-def _each(file: Path, intake: Intake, make: Callable[[Any, int], T]) -> Iterator[T]:
-    """`make(raw, row number)` of every row of a file; rows that raise BadRow are set aside."""
-    for number, raw in raw_rows(file):
+def _each(file: Path, intake: Intake, make: Callable[[Any, Found], T]) -> Iterator[T]:
+    """`make(raw, found)` of every row of a source; rows that raise BadRow are set aside."""
+    for found in found_rows(file):
         intake.read[_printable(str(file))] += 1
+        raw = found.raw
         try:
             if isinstance(raw, BadRow):
                 raise raw
-            yield make(raw, number)
+            yield make(raw, found)
         except BadRow as bad:
-            intake.reject(file, number, raw.get("id") if isinstance(raw, dict) else "", bad)
+            id = raw.get("id") if isinstance(raw, dict) else bad.id
+            intake.reject(file, (found.part, found.row), id, bad)
 
 
-def read_annotated(file: Path, root: Path, folder: ImageFolder, intake: Intake,
+def _default_id(file: Path, found: Found) -> str:
+    return f"{Path(found.part).stem if found.part else file.stem}-{found.row:06d}"
+
+
+class _Ids:
+    """Ids of the records made from one source. LLaVA's own files give one id to several rows: it names the image."""
+
+    def __init__(self) -> None:
+        self._used: Counter[str] = Counter()
+        self._content: dict[int, tuple[str, int]] = {}
+
+    def free(self, row: Row) -> str:
+        """The row's id, with a number behind it where other rows have it. Raises BadRow where one says the same."""
+        same = self._content.get(hash(row))
+        if same:
+            raise BadRow("repeated", f"the same row stands in {_place(*same)} too", "nothing to do")
+        if row.id not in self._used:
+            return row.id
+        number = self._used[row.id] + 1
+        while f"{row.id}#{number}" in self._used:
+            number += 1
+        return f"{row.id}#{number}"
+
+    def take(self, row: Row, id: str, found: Found) -> None:
+        self._content[hash(row)] = found.part, found.row
+        self._used[row.id] += 1
+        self._used[id] += id != row.id
+
+
+def read_annotated(file: Path, root: Path, folder: Images, intake: Intake,
                    source: str = "annotated") -> Iterator[Record]:  # fmt: skip
-    """Records with responses from a user's file; bad rows go to `intake`, whose `check` the caller runs.
+    """Records with responses from a user's source; bad rows go to `intake`, whose `check` the caller runs.
 
-    Raises DataError where the file as a whole cannot be read.
+    Raises DataError where the source as a whole cannot be read.
     """
-    seen: dict[str, int] = {}
+    ids = _Ids()
 
-    def make(raw: Any, number: int) -> Record:
-        row = parse_row(raw, f"{file.stem}-{number:06d}")
-        if row.id in seen:
-            raise BadRow("id", f"id {row.id!r} stands in row {seen[row.id]} too", "give each row its own id")
-        record = make_record(row, root, folder, source)
-        seen[row.id] = intake.origin[source, row.id] = number
+    def make(raw: Any, found: Found) -> Record:
+        row = parse_row(raw, _default_id(file, found))
+        id = ids.free(row)
+        record = make_record(replace(row, id=id), root, folder, source)
+        ids.take(row, id, found)
+        intake.origin[source, id] = found.part, found.row
         intake.reworded[_printable(str(file))] += record.messages != row.messages
+        intake.renamed[_printable(str(file))] += id != row.id
         return record
 
     return _each(file, intake, make)
@@ -419,24 +388,28 @@ class Request:
     question: str = ""
     answer: str = ""
     family: str = ""
-    file: Path = Path()
-    row: int = 0
+    place: tuple[str, int] = "", 0
+    """Part and row of the file."""
 
 
-def read_unlabeled(path: Path, root: Path, folder: ImageFolder, intake: Intake,
+def read_unlabeled(path: Path, root: Path, folder: Images, intake: Intake,
                    limit: int = 0, seed: int = 0) -> Iterator[Request]:  # fmt: skip
-    """Requests from a folder of images or a file of rows with images and optionally questions.
+    """Requests from a folder of images or a source of rows with images and optionally questions.
 
-    `limit` (0 for all) bounds the images: a seeded choice of a folder's files, the first ones of a file of rows.
+    `limit` (0 for all) bounds the images: a seeded choice of a folder's files, the first ones of a source of rows.
     Raises DataError where the path as a whole cannot be read.
     """
-    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    if path.is_dir() and not saved:
+    if holds_images(path):
         return _read_folder(path, folder, intake, limit, seed)
     return _read_requests(path, root, folder, intake, limit)
 
 
-def _read_folder(path: Path, folder: ImageFolder, intake: Intake, limit: int, seed: int) -> Iterator[Request]:
+def holds_images(path: Path) -> bool:
+    """Whether an unlabeled source is a plain folder of images, and not one of rows."""
+    return not is_hub(path) and path.is_dir() and not is_saved(path) and not is_shard_folder(path)
+
+
+def _read_folder(path: Path, folder: Images, intake: Intake, limit: int, seed: int) -> Iterator[Request]:
     import numpy as np
 
     files = sorted(file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
@@ -454,35 +427,39 @@ def _read_folder(path: Path, folder: ImageFolder, intake: Intake, limit: int, se
             if image in seen:
                 raise BadRow("repeated", f"image {name!r} shows the same as {str(seen[image])!r}", "nothing to do")
         except BadRow as bad:
-            intake.reject(path, number, name, bad)
+            intake.reject(path, ("", number), name, bad)
             continue
         seen[image] = Path(name)
-        yield Request(image, file=path, row=number)
+        yield Request(image, place=("", number))
 
 
-def _read_requests(path: Path, root: Path, folder: ImageFolder, intake: Intake, limit: int) -> Iterator[Request]:
-    seen: dict[tuple[str, str], int] = {}
-    opened: dict[str | bytes, str] = {}
+def _read_requests(path: Path, root: Path, folder: Images, intake: Intake, limit: int) -> Iterator[Request]:
+    seen: dict[tuple[str, str], tuple[str, int]] = {}
+    named: set[str | bytes] = set()
+    opened: set[str] = set()
 
-    def make(raw: Any, number: int) -> Request | None:
-        row = parse_row(as_chat(raw), f"{path.stem}-{number:06d}")
+    def make(raw: Any, found: Found) -> Request | None:
+        row = parse_row(as_chat(raw), _default_id(path, found))
         question, answer = _question(row)
-        if row.images[0] not in opened and 0 < limit <= len(set(opened.values())):
+        name = row.images[0] if isinstance(row.images[0], str) else hashlib.sha256(row.images[0]).digest()
+        if name not in named and 0 < limit <= len(opened):
             intake.unused[_printable(str(path))] += 1
             return None
-        image = opened[row.images[0]] = _add(folder, root, row.images[0])
+        image = _add(folder, root, row.images[0])
+        named.add(name)
+        opened.add(image)
         if (image, question) in seen:
-            reason = f"the same image and question stand in row {seen[image, question]} too"
+            reason = f"the same image and question stand in {_place(*seen[image, question])} too"
             raise BadRow("repeated", reason, "nothing to do")
-        seen[image, question] = number
-        return Request(image, question, answer, row.family, path, number)
+        seen[image, question] = found.part, found.row
+        return Request(image, question, answer, row.family, (found.part, found.row))
 
     return (request for request in _each(path, intake, make) if request is not None)
 
 
 def as_chat(raw: Any) -> Any:
     """A row of `image` and optional `question` and `answer` as a chat row; other rows unchanged."""
-    if not isinstance(raw, dict) or any(raw.get(key) is not None for key in ("conversations", "messages")):
+    if not isinstance(raw, dict) or any(raw.get(key) is not None for key in TURNS):
         return raw
     turns = [{"role": "user", "content": f"{IMAGE_PLACEHOLDER}\n{_optional_text(raw, 'question')}"}]
     if raw.get("answer") is not None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from sicog_exp import prompts
 from sicog_exp.data import questions as wording
+from sicog_exp.data.formats import default_root, exists, found_rows, hub_commit, is_hub, parts_of
 from sicog_exp.data.images import ImageFolder
 from sicog_exp.data.readers import (
     BadRow,
@@ -29,15 +30,15 @@ from sicog_exp.data.readers import (
     Intake,
     Request,
     as_chat,
+    holds_images,
     parse_row,
-    raw_rows,
     read_annotated,
     read_unlabeled,
 )
 from sicog_exp.data.scenes import Scene, make_scene, render, rng_for
 from sicog_exp.prompts import Kind
 from sicog_exp.recipe import DataConfig
-from sicog_exp.records import Record, conversation, turns_conversation, write_jsonl, write_records
+from sicog_exp.records import Record, RecordFile, conversation, turns_conversation, write_jsonl, write_records
 
 SPLITS = ("annotated", "unlabeled", "instruction", "development", "benchmark")
 REJECTED = "rejected.jsonl"
@@ -47,14 +48,37 @@ BASE_TURNS = 6
 __all__ = ["SPLITS", "DataError", "build_dataset", "check_disjoint", "read_annotated", "read_unlabeled", "source_state"]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The records of a user's file that serve one split, walked through in the file's order: they are not held.
+
+    `places` names the split of every record that leaves `home`, by id; "" where it was set aside.
+    """
+
+    spool: RecordFile
+    home: str
+    places: Mapping[str, str]
+    split: str
+
+    def __iter__(self) -> Iterator[Record]:
+        for record in self.spool:
+            if self.places.get(record.id, self.home) == self.split:
+                yield record if record.source == self.split else replace(record, source=self.split)
+
+
 @dataclass
 class Dataset:
     """A data set under construction: records by split, and truths of unlabeled records where they are known."""
 
     folder: ImageFolder
     splits: dict[str, list[Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    selected: dict[str, Selection] = field(default_factory=dict)
+    """Splits that are walked through instead of held."""
     truth: list[dict[str, str]] = field(default_factory=list)
     intake: Intake = field(default_factory=Intake)
+
+    def records(self, split: str) -> Iterable[Record]:
+        return self.selected.get(split, self.splits[split])
 
     def add(self, split: str, id: str, kind: Kind, image: str, question: str = "", response: str | None = None,
             family: str = "") -> None:  # fmt: skip
@@ -76,14 +100,22 @@ def build_dataset(config: DataConfig, directory: Path) -> None:
     """
     dataset = Dataset(ImageFolder(directory, config.max_pixels))
     {"world": _world, "easyvqa": _easyvqa, "own": _own}[config.source](config, dataset)
-    check_disjoint(dataset.folder.hashes, dataset.splits)
-    dataset.folder.prune({image for records in dataset.splits.values() for r in records for image in r.images})
-    for split, records in dataset.splits.items():
+    splits = {split: dataset.records(split) for split in SPLITS}
+    check_disjoint(dataset.folder.hashes, splits)
+    dataset.folder.prune({image for records in splits.values() for r in records for image in r.images})
+    for split, records in splits.items():
         write_records(directory / f"{split}.parquet", records)
     write_jsonl(directory / "truth.jsonl", dataset.truth)
     dataset.intake.write(directory / REJECTED)
     text = json.dumps(_summary(config, dataset), indent=1, sort_keys=True, ensure_ascii=False)
     (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
+    for split in SPLITS:
+        _spool(directory, split).unlink(missing_ok=True)
+
+
+def _spool(directory: Path, split: str) -> Path:
+    """Where the usable rows of a user's file lie while they are divided into splits."""
+    return directory / f".{split}.parquet"
 
 
 def check_disjoint(hashes: Mapping[str, str], splits: Mapping[str, Iterable[Record]]) -> None:
@@ -99,15 +131,19 @@ def check_disjoint(hashes: Mapping[str, str], splits: Mapping[str, Iterable[Reco
 def _summary(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
     intake, rows = dataset.intake, dataset.intake.rejected
     by_problem = dict(Counter(row.problem for row in rows))
-    splits = {split: _counts(records) for split, records in dataset.splits.items()}
+    splits = {split: _counts(dataset.records(split)) for split in SPLITS}
     return {"source": config.source, "splits": splits, "rejected": {"rows": len(rows), "by_problem": by_problem},
             "read": dict(intake.read), "unused": dict(intake.unused), "reworded": dict(intake.reworded),
-            "blind_prior": blind_prior(dataset.splits["development"])}  # fmt: skip
+            "blind_prior": blind_prior(dataset.records("development"))}  # fmt: skip
 
 
-def _counts(records: Sequence[Record]) -> dict[str, Any]:
-    images = {image for record in records for image in record.images}
-    return {"records": len(records), "images": len(images), "kinds": dict(Counter(record.kind for record in records))}
+def _counts(records: Iterable[Record]) -> dict[str, Any]:
+    images: set[str] = set()
+    kinds: Counter[str] = Counter()
+    for record in records:
+        images.update(record.images)
+        kinds[record.kind] += 1
+    return {"records": kinds.total(), "images": len(images), "kinds": dict(kinds)}
 
 
 def blind_prior(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
@@ -330,7 +366,7 @@ def _fill(config: DataConfig, dataset: Dataset, split: str, package: _Package, i
         stored = dataset.folder.add(path.parent, path.name)
         if stored in taken:
             bad = BadRow("repeated", f"{path.name} shows the same as an image used already", "nothing to do")
-            dataset.intake.reject(Path("easy-vqa") / package.name, number, path.stem, bad)
+            dataset.intake.reject(Path("easy-vqa") / package.name, ("", number), path.stem, bad)
             continue
         taken.add(stored)
         known = package.known(image, stored, config)
@@ -353,13 +389,13 @@ def _own(config: DataConfig, dataset: Dataset) -> None:
     missing = [split for split in ("benchmark", "development") if getattr(config, split) is None]
     for split in ("benchmark", "development", "annotated"):
         if split not in missing:
-            dataset.splits[split] = _named(config, dataset, split)
+            dataset.selected[split] = Selection(_named(config, dataset, split), split, {}, split)
     _separate(config, dataset)
     if config.holdout and missing:
-        dataset.splits["annotated"] = _hold_out(config, dataset, dataset.splits["annotated"], missing)
+        _hold_out(config, dataset, missing)
     _own_requests(config, dataset)
     for split in ("annotated", "unlabeled"):
-        if not dataset.splits[split]:
+        if not any(True for _ in dataset.records(split)):
             dataset.intake.write(dataset.folder.directory / REJECTED)
             raise DataError(f"{getattr(config, split)}: no usable row is left for data.{split}; add rows with images "
                             f"of their own ({REJECTED} lists what was set aside)")  # fmt: skip
@@ -367,29 +403,31 @@ def _own(config: DataConfig, dataset: Dataset) -> None:
 
 def _path(config: DataConfig, split: str) -> Path:
     path = Path(getattr(config, split)).expanduser()
-    if not path.exists():
+    if not exists(path):
         raise DataError(f"{path}: no such file or folder; correct data.{split}")
     return path
 
 
 def _root(config: DataConfig, path: Path) -> Path:
-    root = Path(config.root).expanduser() if config.root else path.parent
-    if not root.is_dir():
+    root = Path(config.root).expanduser() if config.root else default_root(path)
+    if not root.is_dir() and (config.root or not is_hub(path)):
         raise DataError(f"{root}: no such folder; correct data.root")
     return root
 
 
-def _named(config: DataConfig, dataset: Dataset, split: str) -> list[Record]:
+def _named(config: DataConfig, dataset: Dataset, split: str) -> RecordFile:
     """All usable records of a split's file; too many unusable ones raise DataError."""
-    path = _path(config, split)
-    records = list(read_annotated(path, _root(config, path), dataset.folder, dataset.intake, split))
-    dataset.intake.check(path, config.max_bad_share, dataset.folder.directory / REJECTED)
-    return records
+    path, directory = _path(config, split), dataset.folder.directory
+    spool = _spool(directory, split)
+    write_records(spool, read_annotated(path, _root(config, path), dataset.folder, dataset.intake, split))
+    dataset.intake.check(path, config.max_bad_share, directory / REJECTED)
+    return RecordFile(spool)
 
 
-def _hold_out(config: DataConfig, dataset: Dataset, records: list[Record], splits: Sequence[str]) -> list[Record]:
-    """Move a seeded share of the image groups to each split of `splits`; what stays is returned."""
-    groups = _groups(records)
+def _hold_out(config: DataConfig, dataset: Dataset, splits: Sequence[str]) -> None:
+    """Give a seeded share of the annotated images' groups to each split of `splits`."""
+    annotated = dataset.selected["annotated"]
+    groups = _groups(annotated)
     names = sorted(set(groups.values()))
     count = max(1, round(config.holdout * len(names)))
     if len(names) <= count * len(splits):
@@ -397,17 +435,13 @@ def _hold_out(config: DataConfig, dataset: Dataset, records: list[Record], split
                         f"{', '.join(splits)}; annotate more, or name data.development and data.benchmark")  # fmt: skip
     order = np.random.default_rng(config.seed).permutation(len(names))
     place = {names[index]: splits[i // count] for i, index in enumerate(order[: count * len(splits)])}
-    stay: list[Record] = []
-    for record in records:
-        split = place.get(groups[record.images[0]]) if record.images else None
-        if split:
-            dataset.splits[split].append(replace(record, source=split))
-        else:
-            stay.append(record)
-    return stay
+    held = {record.id: place[groups[record.images[0]]] for record in annotated
+            if record.images and groups[record.images[0]] in place}  # fmt: skip
+    for split in ("annotated", *splits):
+        dataset.selected[split] = replace(annotated, places={**annotated.places, **held}, split=split)
 
 
-def _groups(records: Sequence[Record]) -> dict[str, str]:
+def _groups(records: Iterable[Record]) -> dict[str, str]:
     """Image -> its group's name; images that one record shows together must stay together."""
     parent: dict[str, str] = {}
 
@@ -426,17 +460,19 @@ def _groups(records: Sequence[Record]) -> dict[str, str]:
 def _separate(config: DataConfig, dataset: Dataset) -> None:
     """Set aside development and annotated records that show a picture of a split before them."""
     taken: dict[str, str] = {}
-    for split in ("benchmark", "development", "annotated"):
-        kept = []
-        for record in dataset.splits[split]:
+    for split, selection in dataset.selected.items():
+        aside: dict[str, str] = {}
+        shown: set[str] = set()
+        for record in selection:
             clash = next((taken[image] for image in record.images if image in taken), None)
             if clash is None:
-                kept.append(record)
+                shown.update(record.images)
                 continue
+            aside[record.id] = ""
             bad = BadRow("held out", f"shows an image of the {clash} split", f"remove the row from {split} or {clash}")
             dataset.intake.reject(_path(config, split), dataset.intake.origin[split, record.id], record.id, bad)
-        dataset.splits[split] = kept
-        taken |= {image: split for record in kept for image in record.images}
+        dataset.selected[split] = replace(selection, places=aside)
+        taken |= dict.fromkeys(shown, split)
 
 
 def _own_requests(config: DataConfig, dataset: Dataset) -> None:
@@ -453,12 +489,12 @@ def _own_requests(config: DataConfig, dataset: Dataset) -> None:
 
 def _unlabeled(config: DataConfig, dataset: Dataset, path: Path) -> Iterator[Request]:
     """Requests for images that no other split shows; the others are set aside."""
-    owner = {i: split for split in SPLITS for record in dataset.splits[split] for i in record.images}
+    owner = {i: split for split in SPLITS for record in dataset.records(split) for i in record.images}
     root = _root(config, path)
     for r in read_unlabeled(path, root, dataset.folder, dataset.intake, config.unlabeled_images, config.seed):
         if r.image in owner:
             reason = f"shows an image of the {owner[r.image]} split"
-            dataset.intake.reject(path, r.row, r.image, BadRow("held out", reason, "nothing to do"))
+            dataset.intake.reject(path, r.place, r.image, BadRow("held out", reason, "nothing to do"))
         else:
             yield r
 
@@ -480,21 +516,34 @@ def source_state(config: DataConfig) -> dict[str, str]:
 
 
 def _state(path: Path, config: DataConfig) -> str:
+    if is_hub(path):
+        return hub_commit(path)
     digest = hashlib.sha256()
-    rows = [path] if path.is_file() else sorted(path.rglob("*.arrow"))
-    for file in rows:
+    folder = holds_images(path)
+    for file in () if folder else _row_files(path):
+        if file.suffix == ".tar":  # images and all: too much to read each time
+            digest.update(_stamp(file).encode("utf-8", "surrogateescape"))
+            continue
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    images = _named_images(path, _root(config, path)) if rows else path.rglob("*")
+    images = path.rglob("*") if folder else _named_images(path, _root(config, path))
     for image in sorted(set(images)):
         digest.update(_stamp(image).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
+def _row_files(path: Path) -> Iterator[Path]:
+    for _, part in parts_of(path):
+        yield from sorted(part.rglob("*.arrow")) if part.is_dir() else [part]
+
+
 def _named_images(path: Path, root: Path) -> Iterator[Path]:
-    for _, raw in raw_rows(path):
+    """The files outside of the rows that rows name; a shard's images lie in it."""
+    if all(part.suffix == ".tar" for _, part in parts_of(path)):
+        return
+    for found in found_rows(path):
         try:
-            names = parse_row(as_chat(raw), "-").images
+            names = parse_row(as_chat(found.raw), "-").images
         except BadRow:
             continue
         yield from (root / name for name in names if isinstance(name, str))

@@ -1,65 +1,33 @@
-"""Benchmarks: suites of lmms-eval tasks, run in process over any engine, with every question's result kept."""
+"""Benchmarks: lmms-eval tasks, run in process over any engine, with every question's result kept."""
 
 from __future__ import annotations
 
-import hashlib
+import inspect
 import json
 import os
 import random
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from sicog_exp.evaluation.answers import PICTURES, KeptAnswers
+from sicog_exp.evaluation.suites import BenchmarkError, Split, Suite, SuiteTask, evals_folder, harness_version
 from sicog_exp.generation.engine import Engine
 from sicog_exp.prompts import PROMPTS, final_text, normalize_answer
-from sicog_exp.recipe import EvaluationConfig, RecipeError, load_as
+from sicog_exp.recipe import EvaluationConfig
 from sicog_exp.records import read_jsonl, write_jsonl
-from sicog_exp.store import file_checksum
 
-Split = Literal["benchmark", "development"]
 SAMPLES, SCORES, RESULTS = "samples.jsonl", "scores.json", "results.json"
-READ_WHOLE = (".yaml", ".yml", ".py", ".json", ".jsonl", ".parquet", ".csv")
-"""Files of an included folder whose content counts, not their size alone."""
 DATA_VARIABLE = "SICOG_DATA"
 """Environment variable that tells the tasks in evals/tasks/ where the data set lies."""
-
-
-class BenchmarkError(RuntimeError):
-    """A suite that cannot be run or results that are not whole; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class SuiteTask:
-    """One lmms-eval task of a suite."""
-
-    task: str
-    """A task of evals/tasks/, or one of lmms-eval's own."""
-    limit: int | None = None
-    """Only the first questions."""
-    metric: str = "accuracy"
-    """The per-question metric that counts; a number, or a mapping with a `score`."""
-
-
-@dataclass(frozen=True)
-class Suite:
-    """What a generation is scored on; `development` is for decisions, `benchmark` never."""
-
-    name: str
-    benchmark: tuple[SuiteTask, ...]
-    development: tuple[SuiteTask, ...] = ()
-    include: tuple[str, ...] = ()
-    """More folders of task YAMLs, for example stock tasks over local data."""
-
-    def tasks(self, split: Split) -> tuple[SuiteTask, ...]:
-        """Raises BenchmarkError where the split has no tasks or one twice."""
-        tasks = self.benchmark if split == "benchmark" else self.development
-        names = [task.task for task in tasks]
-        if not tasks or len(set(names)) < len(names):
-            raise BenchmarkError(f"suite {self.name}: {split} names {names}; give every task once, at least one")
-        return tasks
+VALUES = ("score", "true_false")
+"""What stock tasks call the value in a metric that is a mapping."""
+VARIANT = 1_000_000
+"""MMBench numbers the circular variants of question N as N + 1,000,000, N + 2,000,000, ..."""
 
 
 @dataclass(frozen=True)
@@ -112,76 +80,23 @@ class Sample:
     correct: float
 
 
-def evals_folder() -> Path:
-    """The checkout's `evals/`. Raises BenchmarkError for a package installed without its repository."""
-    folder = Path(__file__).resolve().parents[2] / "evals"
-    if not (folder / "tasks").is_dir():
-        raise BenchmarkError(f"{folder} is missing: tasks and suites are not installed with the package; "
-                             "run from a checkout (git clone, pip install -e .)")  # fmt: skip
-    return folder
-
-
-def load_suite(name: str) -> Suite:
-    """A suite of evals/suites/ by name, or one by its path."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        folder = evals_folder() / "suites"
-        path = folder / f"{name}.yaml"
-        if not path.is_file():
-            shipped = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-            raise BenchmarkError(f"evaluation.suite={name}: no such suite; there are {shipped}, or give a .yaml path")
-    elif not path.is_file():
-        raise BenchmarkError(f"evaluation.suite={name}: no such file; correct it or name a suite of evals/suites/")
-    try:
-        return load_as(Suite, path)
-    except RecipeError as error:
-        raise BenchmarkError(str(error)) from None
-
-
-def check_suite(name: str, split: Split) -> None:
-    """Raises BenchmarkError where the suite, its tasks for `split` or a folder that it includes do not exist."""
-    suite = load_suite(name)
-    with _quiet_harness():
-        _task_manager([task.task for task in suite.tasks(split)], suite.include)
-
-
-def suite_state(name: str) -> dict[str, str]:
-    """What scores on a suite depend on, for a step's fingerprint: the suite's content, the tasks' files, the harness.
-
-    Names alone would hide an edit, and an old score would stand for a new benchmark. In folders that it includes,
-    pictures and the like count by name and size.
-    """
-    suite = load_suite(name)
-    files = sorted(path for path in (evals_folder() / "tasks").iterdir() if path.is_file())
-    digest = hashlib.sha256("".join(f"{path.name}:{file_checksum(path)};" for path in files).encode()).hexdigest()
-    own = {folder: _folder_state(Path(folder)) for folder in suite.include}
-    state = {"suite": json.dumps(asdict(suite), sort_keys=True), "tasks": digest, "harness": _harness()}
-    return {**state, **({"included": json.dumps(own, sort_keys=True)} if own else {})}
-
-
-def _folder_state(folder: Path) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    states = (file_checksum(path) if path.suffix in READ_WHOLE else str(path.stat().st_size) for path in files)
-    names = (path.relative_to(folder) for path in files)
-    return hashlib.sha256("".join(f"{name}:{state};" for name, state in zip(names, states)).encode()).hexdigest()
-
-
 def evaluate(
     engine: Engine, suite: Suite, dataset_dir: Path, config: EvaluationConfig, out: Path, split: Split = "benchmark"
 ) -> Scores:
     """Score an engine on a suite; `out` gets samples.jsonl, scores.json and lmms-eval's results.json.
 
     `dataset_dir` holds `images/` and `<split>.parquet`. What the engine raises is raised here: no question is ever
-    scored on an answer that was not given.
+    scored on an answer that was not given. With `KeptAnswers` as the engine a killed evaluation goes on.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tasks = suite.tasks(split)
+    tasks = suite.tasks(split, config.judge)
     with harness(dataset_dir, [task.task for task in tasks], suite.include) as manager:
-        results = _run(engine, tasks, manager, config, out)
-    samples = {task.task: _samples(task, results) for task in tasks}
+        results, shown = _run(engine, tasks, manager, config, out)
+        samples = {task.task: _samples(task, results, shown, manager) for task in tasks}
     made = {task.task: _task_score(task, samples[task.task], _kind(results, task.task)) for task in tasks}
+    asked = engine.engine if isinstance(engine, KeptAnswers) else engine
     scores = Scores(
-        suite.name, split, made, _harness(), type(engine).__name__, config.batch_size, config.max_new_tokens
+        suite.name, split, made, harness_version(), type(asked).__name__, config.batch_size, config.max_new_tokens
     )
     write_jsonl(out / SAMPLES, (asdict(sample) for rows in samples.values() for sample in rows))
     _write_json(out / SCORES, asdict(scores))
@@ -192,8 +107,8 @@ def evaluate(
 @contextmanager
 def harness(dataset_dir: Path, tasks: Sequence[str], include: Sequence[str]) -> Iterator[Any]:
     """lmms-eval's task manager, offline and quiet over our data set; raises BenchmarkError for an unknown task."""
-    with _environment(dataset_dir), _quiet_harness(), _kept_random_state():
-        yield _task_manager(tasks, include)
+    with _environment(dataset_dir), quiet_harness(), _kept_random_state():
+        yield task_manager(tasks, include)
 
 
 def read_samples(out: Path) -> list[Sample]:
@@ -216,30 +131,31 @@ def read_scores(out: Path) -> Scores:
 
 def _run(
     engine: Engine, tasks: Sequence[SuiteTask], manager: Any, config: EvaluationConfig, out: Path
-) -> dict[str, Any]:
-    """lmms-eval's results, merged over calls: its limit holds for a whole call, ours for a task."""
+) -> tuple[dict[str, Any], Mapping[tuple[str, int], str]]:
+    """lmms-eval's results, merged over calls: its limit holds for a whole call, ours for a task. And what was shown,
+    (task, document) -> a picture's digest."""
+    from sicog_exp.evaluation.lmms_model import EngineModel
+
+    pictures = engine.scratch / PICTURES if isinstance(engine, KeptAnswers) else None
+    model = EngineModel(engine, config.batch_size, config.max_new_tokens, pictures)
     by_limit: dict[int | None, list[str]] = defaultdict(list)
     for task in tasks:
         by_limit[task.limit].append(task.task)
     merged: dict[str, Any] = defaultdict(dict)
     for limit, names in by_limit.items():
-        results = _simple_evaluate(engine, names, limit, manager, config, out)
+        results = _simple_evaluate(model, names, limit, manager, out)
         for key in ("results", "versions", "n-samples", "samples", "configs"):
             merged[key].update(results[key])
-    return merged
+    return merged, model.shown
 
 
-def _simple_evaluate(
-    engine: Engine, names: list[str], limit: int | None, manager: Any, config: EvaluationConfig, out: Path
-) -> dict[str, Any]:
+def _simple_evaluate(model: Any, names: list[str], limit: int | None, manager: Any, out: Path) -> dict[str, Any]:
     from argparse import Namespace
 
     from lmms_eval import evaluator
 
-    from sicog_exp.evaluation.lmms_model import EngineModel
-
     return evaluator.simple_evaluate(
-        model=EngineModel(engine, config.batch_size, config.max_new_tokens),
+        model=model,
         tasks=names,
         limit=limit,
         task_manager=manager,
@@ -250,8 +166,8 @@ def _simple_evaluate(
     )
 
 
-def _task_manager(names: Sequence[str], include: Sequence[str]) -> Any:
-    """Our tasks alone where they suffice: indexing lmms-eval's own takes seconds."""
+def task_manager(names: Sequence[str], include: Sequence[str]) -> Any:
+    """lmms-eval's index of tasks: ours alone where they suffice: indexing lmms-eval's own takes seconds."""
     from lmms_eval.tasks import TaskManager
     from yaml import YAMLError
 
@@ -271,6 +187,24 @@ def _task_manager(names: Sequence[str], include: Sequence[str]) -> Any:
     if unknown:
         raise BenchmarkError(f"unknown tasks {', '.join(unknown)}: neither lmms-eval's own nor in {', '.join(folders)}")
     return manager
+
+
+def task_file(task: SuiteTask, manager: Any) -> Path | None:
+    """The task's own file; None for a group of tasks."""
+    path = Path(str(manager.task_index[task.task]["yaml_path"]))
+    return path if path.is_file() else None
+
+
+def whole_task(task: SuiteTask, manager: Any) -> dict[str, Any]:
+    """The configuration of a task with its functions."""
+    from lmms_eval.utils import load_yaml_config
+
+    file = task_file(task, manager)
+    try:
+        return load_yaml_config(str(file), mode="full") if file else {}
+    except Exception as error:  # the file runs the task's own code
+        raise BenchmarkError(f"{task.task}: {file} does not load ({type(error).__name__}: {error}); install what is "
+                             "missing, or leave the task out of the suite") from error  # fmt: skip
 
 
 @contextmanager
@@ -299,7 +233,7 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 
 @contextmanager
-def _quiet_harness() -> Iterator[None]:
+def quiet_harness() -> Iterator[None]:
     """No log lines and no progress bars of lmms-eval's: the run shows its own."""
     import datasets
     import lmms_eval.api.task
@@ -338,12 +272,6 @@ def _kept_random_state() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _harness() -> str:
-    from importlib.metadata import version
-
-    return f"lmms-eval {version('lmms-eval')}"
-
-
 # Reading its results.
 
 
@@ -352,41 +280,105 @@ def _kind(results: Mapping[str, Any], task: str) -> str:
     return str(metadata.get("kind", "")) if isinstance(metadata, Mapping) else ""
 
 
-def _samples(task: SuiteTask, results: Mapping[str, Any]) -> list[Sample]:
+Row = Mapping[str, Any]
+Shown = Mapping[tuple[str, int], str]
+
+
+def _samples(task: SuiteTask, results: Mapping[str, Any], shown: Shown, manager: Any) -> list[Sample]:
     rows = sorted(results["samples"][task.task], key=lambda row: row["doc_id"])
     expected = results["n-samples"][task.task]["effective"]
     if len(rows) != expected or len({row["doc_id"] for row in rows}) != expected:
         raise BenchmarkError(f"{task.task}: {len(rows)} results for {expected} questions")
     kind = _kind(results, task.task)
-    return [_sample(task, kind, row) for row in rows]
+    for row in rows if task.judge else ():
+        _check_judged(task, row)
+    if not task.unit:
+        return [_sample(task, kind, _name(row), [row], _value(task, row), shown) for row in rows]
+    aggregate = _aggregation(task, manager)
+    return [_sample(task, kind, name, group, _share(task, aggregate([dict(row[task.metric]) for row in group])), shown)
+            for name, group in _units(task, task.unit, rows).items()]  # fmt: skip
 
 
-def _sample(task: SuiteTask, kind: str, row: Mapping[str, Any]) -> Sample:
-    """Stock tasks' documents have neither id nor family; each of their questions counts as an image of its own."""
-    doc, response = row["doc"], row["filtered_resps"][0]
-    name = str(doc.get("id") or row["doc_id"])
-    images = doc.get("images") or [name]
-    answer = final_text(kind, response) if kind in PROMPTS else response  # type: ignore[arg-type]
+def _name(row: Row) -> str:
+    """Stock tasks' documents have no id."""
+    return str(row["doc"].get("id") or row["doc_id"])
+
+
+def _sample(task: SuiteTask, kind: str, name: str, rows: Sequence[Row], correct: float, shown: Shown) -> Sample:
+    """One question, asked in one row or several. Where its document names no pictures, the pixels do; without either it
+    counts as a picture of its own."""
+    first, responses = rows[0], [str(row["filtered_resps"][0]) for row in rows]
+    images = first["doc"].get("images") or [shown.get((task.task, first["doc_id"]), name)]
+    answers = [final_text(kind, text) if kind in PROMPTS else text for text in responses]  # type: ignore[arg-type]
     return Sample(
         task=task.task,
         id=name,
         image=str(images[0]),
-        family=str(doc.get("family") or ""),
+        family=str(first["doc"].get(task.family) or ""),
         format=kind,
-        prompt=str(row["arguments"][0]),
-        response=str(response),
-        answer=normalize_answer(str(answer or "")),
-        target=str(row["target"]),
-        correct=_value(task, row),
+        prompt=str(first["arguments"][0]),
+        response="\n".join(responses),
+        answer="\n".join(normalize_answer(str(answer or "")) for answer in answers),
+        target="\n".join(str(row["target"]) for row in rows),
+        correct=correct,
     )
 
 
-def _value(task: SuiteTask, row: Mapping[str, Any]) -> float:
+def _value(task: SuiteTask, row: Row) -> float:
     value = row.get(task.metric)
-    value = value.get("score") if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in VALUES if key in value), None)
     if not isinstance(value, int | float):
         raise BenchmarkError(f"{task.task}: no number for metric {task.metric!r}; the results have {', '.join(row)}")
-    return float(value)
+    return _share(task, value)
+
+
+def _share(task: SuiteTask, value: float) -> float:
+    share = float(value) / task.scale
+    return share if task.higher_is_better else 1 - share
+
+
+def _units(task: SuiteTask, unit: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each question."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        value = row.get(task.metric)
+        if isinstance(value, Mapping) and unit in value:
+            key = value[unit]
+            found[str(key % VARIANT if isinstance(key, int) else key)].append(row)
+    if not found:
+        raise BenchmarkError(f"{task.task}: no result has a metric {task.metric!r} with {unit!r}; "
+                             f"the results have {', '.join(rows[0])}")  # fmt: skip
+    return found
+
+
+def _aggregation(task: SuiteTask, manager: Any) -> Callable[[list[dict[str, Any]]], float]:
+    """The stock task's own aggregation of our metric, without the tables and files that it makes on the way."""
+    from argparse import Namespace
+
+    from lmms_eval.api.registry import get_aggregation
+
+    metrics = whole_task(task, manager).get("metric_list", ())
+    found = next((metric["aggregation"] for metric in metrics if metric["metric"] == task.metric), "mean")
+    function = get_aggregation(found) if isinstance(found, str) else found
+
+    def aggregate(rows: list[dict[str, Any]]) -> float:
+        with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            given = {"args": Namespace(output_path=folder)} if "args" in inspect.signature(function).parameters else {}
+            return function(rows, **given)
+
+    return aggregate
+
+
+def _check_judged(task: SuiteTask, row: Row) -> None:
+    """Stock tasks score a question 0 where the judge failed; that is no score."""
+    value = row.get(task.metric)
+    if not isinstance(value, Mapping):
+        return
+    silent = value.get("eval_model") == "" or (value.get("extraction") == "" and row["filtered_resps"][0].strip())
+    if silent:
+        raise BenchmarkError(f"{task.task}: the judge gave no answer for question {row['doc_id']}; the answers of the "
+                             "model are kept: run the same command when the judge can be reached")  # fmt: skip
 
 
 def _task_score(task: SuiteTask, samples: Sequence[Sample], kind: str) -> TaskScore:

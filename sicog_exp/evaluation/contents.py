@@ -11,7 +11,8 @@ from typing import Any
 
 from sicog_exp.curation.contamination import Picture, Question, picture_of
 from sicog_exp.data.images import upright_rgb
-from sicog_exp.evaluation.benchmarks import Suite, SuiteTask, evals_folder, harness
+from sicog_exp.evaluation.benchmarks import harness
+from sicog_exp.evaluation.suites import Suite, SuiteTask, evals_folder
 from sicog_exp.prompts import KINDS, question_of
 
 
@@ -59,9 +60,9 @@ class Contents:
         return picture.digest
 
 
-def read_contents(suite: Suite, dataset_dir: Path) -> Contents:
-    """Every document of every task, up to the tasks' limits, offline."""
-    tasks = {task.task: task for task in (*suite.benchmark, *suite.development)}
+def read_contents(suite: Suite, dataset_dir: Path, judged: bool = False) -> Contents:
+    """Every document of every task, up to the tasks' limits, offline; tasks that a judge scores only if `judged`."""
+    tasks = {task.task: task for task in (*suite.benchmark, *suite.development) if judged or not task.judge}
     contents = Contents()
     with harness(dataset_dir, list(tasks), suite.include) as manager:
         for name, task in tasks.items():

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NAME = "sicog"
+UNASKED_STOPS = ("\n\n",)
+"""What lmms-eval puts where a task names no `until`. Its own LLaVA and Qwen models do not cut there either, since that
+would leave the first paragraph of a chain of thought."""
 ARGUMENTS = ("pretrained", "batch_size", "max_new_tokens", "threads", "device", "dtype", "trust_remote_code")
 
 
@@ -59,14 +62,17 @@ class EngineModel(lmms):
 
     is_simple = True
 
-    def __init__(self, engine: Engine, batch_size: int, max_new_tokens: int) -> None:
+    def __init__(self, engine: Engine, batch_size: int, max_new_tokens: int, pictures: Path | None = None) -> None:
+        """`pictures` keeps decoded pictures for a continued evaluation; without it they go with `clean`."""
         super().__init__()
         self.engine = engine
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         # lmms-eval makes an Accelerator where this is missing, which would set up devices behind Lightning's back.
         self.accelerator = None
-        self._pictures = _Pictures()
+        self.shown: dict[tuple[str, int], str] = {}
+        """(task, document) -> a digest of the pixels of its first picture, where the task handed pixels over."""
+        self._pictures = _Pictures(pictures)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> EngineModel:
@@ -112,11 +118,14 @@ class EngineModel(lmms):
         limit = min(int(options.get("max_new_tokens") or self.max_new_tokens), self.max_new_tokens)
         until = options.get("until") or ()
         stops = (until,) if isinstance(until, str) else tuple(until)
+        stops = () if stops == UNASKED_STOPS else stops
         visuals = doc_to_visual(self.task_dict[task][split][doc_id])
         return _Question(self._request(instance, context, visuals), limit, stops)
 
     def _request(self, instance: Instance, context: str, visuals: Any) -> Request:
         paths = tuple(self._pictures.path(_id(instance), visual) for visual in visuals or ())
+        if paths and self._pictures.made(paths[0]):
+            self.shown[instance.task_name, instance.doc_id] = paths[0].stem
         return Request(_id(instance), _kind(instance), (_message(_id(instance), context, len(paths)),), paths, 1)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:  # type: ignore[override]
@@ -188,8 +197,9 @@ def _cut(text: str, until: Sequence[str]) -> str:
 class _Pictures:
     """Paths of the pictures that tasks hand over: engines read files, so that there is one way to open an image."""
 
-    def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+    def __init__(self, folder: Path | None = None) -> None:
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._folder = folder
 
     def path(self, request_id: str, visual: Any) -> Path:
         """A path as it is, an undecoded PIL image's own file, or a lossless copy named by its pixels."""
@@ -206,10 +216,14 @@ class _Pictures:
             return self._existing(request_id, file)
         return self._spool(visual)
 
+    def made(self, path: Path) -> bool:
+        """Is it one of the copies?"""
+        return path.parent == self._folder
+
     def clear(self) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = self._folder = None
 
     @staticmethod
     def _existing(request_id: str, path: Path) -> Path:
@@ -219,12 +233,16 @@ class _Pictures:
 
     def _spool(self, image: Image) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="sicog-pictures-")
+            self._temporary = tempfile.TemporaryDirectory(prefix="sicog-pictures-")
+            self._folder = Path(self._temporary.name)
         picture = image if image.mode in ("1", "L", "LA", "RGB", "RGBA") else _as_rgb(image)
         digest = hashlib.sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
-        path = Path(self._folder.name) / f"{digest[:32]}.png"
+        path = self._folder / f"{digest[:32]}.png"
         if not path.exists():
-            picture.save(path, compress_level=1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")  # a kill leaves no half of a picture under its name
+            picture.save(part, "png", compress_level=1)
+            part.replace(path)
         return path
 
 

@@ -55,6 +55,13 @@ class Sampled:
     image_tokens: int = 0
     encoded_tokens: int = 0
 
+    @property
+    def counted(self) -> dict[str, int]:
+        """All its tokens by name."""
+        new = sum(candidate.tokens for candidate in self.candidates)
+        return {"prompt_tokens": self.prompt_tokens, "image_tokens": self.image_tokens,
+                "encoded_tokens": self.encoded_tokens, "new_tokens": new}  # fmt: skip
+
 
 def candidate_seed(seed: int, sample_id: str, kind: str, index: int) -> int:
     """63-bit seed of one candidate: a function of the run's seed and the candidate's key, of nothing else."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sicog_exp.data.chat import ChatEncoder, to_chat
+from sicog_exp.data.chat import ChatEncoder, ImageInputs, join_images, to_chat
 from sicog_exp.data.images import ImageError, open_image
 from sicog_exp.generation.decoder import Decoder, Drawn, Prompts, noise
 from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
 from sicog_exp.generation.requests import EngineError, check_decoding, check_requests, cut, keys_of
+from sicog_exp.models.families import GRIDS, image_features, positions, shares_features, token_types
 from sicog_exp.models.loading import ModelSource, load_model
 from sicog_exp.records import Candidate, Message
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from sicog_exp.recipe import ModelConfig
 
 MAX_PIXELS = 50_000_000
 LIKELIHOOD_BATCH = 32
@@ -32,13 +35,17 @@ LIKELIHOOD_BATCH = 32
 
 @dataclass
 class _Inputs:
-    """Prompts of a batch in tokens, with their images: each distinct one's pixels and the order in which the prompts
-    show them, or what else the model takes."""
+    """Prompts of a batch in tokens. `images` are the distinct ones that prompts show (most show one, some several
+    together), `shown` which of them each prompt shows, in order, prompts without images left out."""
 
     ids: list[list[int]]
-    pixels: Tensor | None
+    images: list[ImageInputs]
     shown: list[int]
-    extra: Mapping[str, Tensor]
+
+    def in_order(self, names: Container[str] | None = None) -> list[Mapping[str, Tensor]]:
+        """The tensors, or those of some names, once per prompt that shows them."""
+        return [{name: value for name, value in self.images[image].items() if names is None or name in names}
+                for image in self.shown]  # fmt: skip
 
 
 @dataclass
@@ -73,8 +80,7 @@ class TransformersEngine:
         self._max_pixels = max_pixels
         self._threads = threads if self.device.type == "cpu" else 1
         self._lengths: dict[tuple[Message, ...], int] = {}
-        names = list(getattr(processor.image_processor, "model_input_names", []))
-        self._shares_features = hasattr(model, "get_image_features") and names == ["pixel_values"]
+        self._shares_features = shares_features(model)
 
     @classmethod
     def from_path(cls, path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu",
@@ -83,6 +89,12 @@ class TransformersEngine:
         """Load a folder or hub name; `dtype` is torch's name ("float32", "bfloat16"). Raises ModelError."""
         model, processor = load_model(ModelSource(str(path), trust_remote_code), dtype)
         return cls(model, processor, device, max_pixels, threads)
+
+    @classmethod
+    def from_recipe(cls, path: str | Path, config: ModelConfig) -> TransformersEngine:
+        """A generation's model, loaded as the recipe says. Raises ModelError."""
+        model, processor = load_model(ModelSource.of(path, config), config.generation_dtype)
+        return cls(model, processor, config.torch_device, threads=config.threads)
 
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
         """The batches of `sample`, in order: every request once, of like prompt length."""
@@ -103,17 +115,19 @@ class TransformersEngine:
             candidates = self._candidates(prepared, drawn)
             seconds = time.perf_counter() - started
             self.busy_seconds += seconds
-            prompt, image, encoded = self._count(prepared.inputs, sum(c.tokens for c in candidates))
-            yield Sampled(candidates, prompt, seconds, image, encoded)
+            prompt, image, encoded = self._prompt_tokens(prepared.inputs)
+            sampled = Sampled(candidates, prompt, seconds, image, encoded)
+            self.counted.update(sampled.counted)
+            yield sampled
             started = time.perf_counter()
 
-    def _count(self, inputs: _Inputs, new_tokens: int) -> tuple[int, int, int]:
-        """(prompt, image, encoded) tokens of a batch, which are added to what this engine has computed."""
-        marks = self.encoder.processor.image_token_id
-        prompt, image = sum(map(len, inputs.ids)), sum(ids.count(marks) for ids in inputs.ids)
-        encoded = image if inputs.pixels is None else image * len(inputs.pixels) // len(inputs.shown)
-        self.counted.update(prompt_tokens=prompt, image_tokens=image, encoded_tokens=encoded, new_tokens=new_tokens)
-        return prompt, image, encoded
+    def _prompt_tokens(self, inputs: _Inputs) -> tuple[int, int, int]:
+        """(all, images', encoded) tokens of a batch's prompts; see `Sampled`."""
+        marks = self.model.config.image_token_id
+        counts = [ids.count(marks) for ids in inputs.ids]
+        distinct = dict(zip(inputs.shown, filter(None, counts), strict=True))
+        encoded = sum(distinct.values()) if self._shares_features else sum(counts)
+        return sum(map(len, inputs.ids)), sum(counts), encoded
 
     def _in_order(self, ready: Iterator[_Prepared]) -> Iterator[tuple[_Prepared, Drawn]]:
         """Computes some batches at once while the next one is prepared."""
@@ -163,8 +177,11 @@ class TransformersEngine:
     def _draw(self, prepared: _Prepared) -> Drawn:
         ids, mask = self._padded(prepared.inputs.ids)
         cache = DynamicCache()
-        logits = self._forward(ids, mask, prepared.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        prompts = Prompts(cache, logits[:, -1], mask, mask.sum(-1)).expanded([r.count for r in prepared.batch])
+        places = self._positions(ids, mask, prepared.inputs)
+        logits = self._forward(ids, mask, places, prepared.inputs, past_key_values=cache, use_cache=True,
+                               logits_to_keep=1)  # fmt: skip
+        behind = places.amax(-1) + 1 if places.ndim == 2 else places.amax((0, 2)) + 1
+        prompts = Prompts(cache, logits[:, -1], mask, behind).expanded([r.count for r in prepared.batch])
         return Decoder(self.model, self.stops, prepared.decoding).run(prompts, prepared.uniforms.to(self.device))
 
     def _candidates(self, prepared: _Prepared, drawn: Drawn) -> list[Candidate]:
@@ -180,12 +197,15 @@ class TransformersEngine:
 
     def _score(self, batch: Sequence[Request], targets: Sequence[list[int]]) -> list[tuple[float, int, bool]]:
         inputs = self._inputs(batch)
-        self._count(inputs, sum(map(len, targets)))
+        prompt, image, encoded = self._prompt_tokens(inputs)
+        self.counted.update(prompt_tokens=prompt, image_tokens=image, encoded_tokens=encoded,
+                            new_tokens=sum(map(len, targets)))  # fmt: skip
         inputs.ids = [ids + target for ids, target in zip(inputs.ids, targets, strict=True)]
         ids, mask = self._padded(inputs.ids)
         longest = max(map(len, targets))
         # padding is on the left, so that all continuations end at the last position
-        logits = self._forward(ids, mask, inputs, use_cache=False, logits_to_keep=longest + 1)[:, :-1].float()
+        logits = self._forward(ids, mask, self._positions(ids, mask, inputs), inputs, use_cache=False,
+                               logits_to_keep=longest + 1)[:, :-1].float()  # fmt: skip
         labels = ids[:, ids.shape[1] - longest :]
         chosen = logits.gather(-1, labels[..., None])[..., 0] - logits.logsumexp(-1)
         greedy = logits.argmax(-1) == labels
@@ -194,22 +214,29 @@ class TransformersEngine:
             for row, best, t in zip(chosen.cpu(), greedy.cpu(), targets, strict=True)
         ]
 
-    def _forward(self, ids: Tensor, mask: Tensor, inputs: _Inputs, **options: Any) -> Tensor:
-        """Logits; an image that several prompts show is computed once, its features put in its tokens' places."""
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        given: dict[str, Any] = {"input_ids": ids, **{name: self._moved(value) for name, value in inputs.extra.items()}}
-        if inputs.pixels is not None:
-            embeddings = self.model.get_input_embeddings()(ids)
-            places = (ids == self.encoder.processor.image_token_id)[..., None]
-            features = self._features(inputs.pixels, inputs.shown).to(embeddings.dtype)
-            given = {"inputs_embeds": embeddings.masked_scatter(places, features)}
-        return self.model(**given, attention_mask=mask, position_ids=positions, **options).logits
+    def _positions(self, ids: Tensor, mask: Tensor, inputs: _Inputs) -> Tensor:
+        return positions(self.model, ids, mask, self._joined(inputs.in_order(GRIDS)))
 
-    def _features(self, pixels: Tensor, shown: Sequence[int]) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, places: Tensor, inputs: _Inputs, **options: Any) -> Tensor:
+        """Logits; an image that several prompts show is computed once, its features put in its tokens' places."""
+        given: dict[str, Any] = token_types(self.model, ids)
+        if not inputs.images or not self._shares_features:
+            given |= {"input_ids": ids, **self._joined(inputs.in_order())}
+        else:
+            embeddings = self.model.get_input_embeddings()(ids)
+            is_image = ids == self.model.config.image_token_id
+            features = self._features(inputs, is_image.sum(-1)).to(embeddings.dtype)
+            given["inputs_embeds"] = embeddings.masked_scatter(is_image[..., None], features)
+        return self.model(**given, attention_mask=mask, position_ids=places, **options).logits
+
+    def _features(self, inputs: _Inputs, tokens_B: Tensor) -> Tensor:
         """Features of the images in the order of the prompts that show them, one row per image token."""
-        output = self.model.get_image_features(pixel_values=self._moved(pixels))  # type: ignore[operator]
-        features = getattr(output, "pooler_output", output)
-        return torch.cat([features[image] for image in shown])
+        counts = dict(zip(inputs.shown, tokens_B[tokens_B > 0].tolist(), strict=True))
+        features = image_features(self.model, self._joined(inputs.images), [counts[i] for i in sorted(counts)])
+        return torch.cat([features[image] for image in inputs.shown])
+
+    def _joined(self, images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: self._moved(value) for name, value in join_images(images).items()}
 
     def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Left padded token ids and their mask."""
@@ -220,10 +247,13 @@ class TransformersEngine:
         return ids, mask
 
     def _inputs(self, batch: Sequence[Request]) -> _Inputs:
-        images = self._open(batch)
-        if not images:
-            return _Inputs([self.encoder.prompt(request.messages, None) for request in batch], None, [], {})
-        return self._shared(batch, images) if self._shares_features else self._separate(batch, images)
+        """Each distinct image once, however many prompts ask about it."""
+        opened = self._open(batch)
+        distinct = {r.images: None for r in batch if r.images}
+        images = {paths: self.encoder.pixels([opened[path] for path in paths]) for paths in distinct}
+        ids = [self.encoder.prompt(request.messages, images.get(request.images)) for request in batch]
+        place = {paths: i for i, paths in enumerate(images)}
+        return _Inputs(ids, list(images.values()), [place[r.images] for r in batch if r.images])
 
     def _open(self, batch: Sequence[Request]) -> dict[Path, Image]:
         """Every distinct image of the batch. One that fails names the sample that asked for it."""
@@ -236,22 +266,6 @@ class TransformersEngine:
                 except ImageError as error:
                     raise EngineError(f"sample {request.sample_id!r}: {error}") from error
         return images
-
-    def _shared(self, batch: Sequence[Request], images: Mapping[Path, Image]) -> _Inputs:
-        """Each distinct image once, however many prompts ask about it."""
-        pixels = {path: self.encoder.pixels([image])["pixel_values"] for path, image in images.items()}
-        ids = [self.encoder.prompt(r.messages, {"pixel_values": [pixels[p][0] for p in r.images]}) for r in batch]
-        place = {path: i for i, path in enumerate(pixels)}
-        shown = [place[path] for request in batch for path in request.images]
-        return _Inputs(ids, torch.cat(list(pixels.values())), shown, {})
-
-    def _separate(self, batch: Sequence[Request], images: Mapping[Path, Image]) -> _Inputs:
-        """For models that take more than plain pixels (tiles, sizes): the images once per prompt, in order."""
-        ids = [self.encoder.prompt(r.messages, self.encoder.pixels([images[p] for p in r.images]) if r.images else None)
-               for r in batch]  # fmt: skip
-        inputs = self.encoder.pixels([images[path] for request in batch for path in request.images])
-        extra = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        return _Inputs(ids, None, [], extra)
 
     def _moved(self, value: Tensor) -> Tensor:
         return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)

@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from sicog_exp.models.resolution import ResolutionError, cap_pixels
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from sicog_exp.recipe import ModelConfig
+
 EMBEDDED_BASE = Path(__file__).parent / "base"
 PARTS = {
     "vision": ("vision_tower", "vision_model", "visual"),
-    "projector": ("multi_modal_projector", "connector", "embed_vision"),
-    "language": ("language_model", "text_model"),
-}
+    "projector": ("multi_modal_projector", "connector", "embed_vision", "merger", "deepstack_merger_list",
+                  "image_newline"),
+    "language": ("language_model", "text_model", "lm_head"),
+}  # fmt: skip
+"""Part -> names in the path of its parameters. The projector comes first: Qwen-VL's lies inside the tower."""
 
 
 class ModelError(RuntimeError):
@@ -29,6 +35,13 @@ class ModelSource:
 
     path: str
     trust_remote_code: bool = False
+    image_pixels: int | None = None
+    attention: str = "sdpa"
+
+    @classmethod
+    def of(cls, path: str | Path, config: ModelConfig) -> ModelSource:
+        """The model in a folder, as a recipe wants it loaded."""
+        return cls(str(path), config.trust_remote_code, config.image_pixels, config.attention)
 
 
 def resolve_base(name: str) -> str:
@@ -36,25 +49,49 @@ def resolve_base(name: str) -> str:
     return str(EMBEDDED_BASE) if name == "embedded" else name
 
 
-def load_model(source: ModelSource, dtype: str = "float32") -> tuple[PreTrainedModel, Any]:
-    """The model (in eval mode, on the CPU) and its processor. Raises ModelError for what transformers can't load."""
+def load_model(source: ModelSource, dtype: str = "float32", **more: Any) -> tuple[PreTrainedModel, Any]:
+    """The model (in eval mode, on the CPU) and its processor. Raises ModelError for what transformers can't load.
+
+    `more` goes to transformers: how to quantize, say.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    options = {"trust_remote_code": source.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    # transformers' own choice is sdpa for every model that has it
+    chosen = {} if source.attention == "sdpa" else {"attn_implementation": source.attention}
     try:
         processor = AutoProcessor.from_pretrained(source.path, **options)
         made: Any = AutoModelForImageTextToText.from_pretrained(
-            source.path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
-        )
+            source.path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options,
+            **chosen, **more,
+        )  # fmt: skip
         model, loaded = made
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source.path}: transformers cannot load it as an image-text-to-text model ({error}). Give a "
                          "folder with config.json, safetensors weights and a processor, or a reachable hub "
                          "name") from error  # fmt: skip
     _check_whole(source.path, processor, loaded)
+    if source.image_pixels:
+        try:
+            cap_pixels(model, processor, source.image_pixels)
+        except ResolutionError as error:
+            raise ModelError(f"model.image_pixels={source.image_pixels}: {error}") from None
     return model.eval(), processor
+
+
+def load_processor(source: ModelSource) -> Any:
+    """The processor alone, without weights. Raises ModelError."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"{source.path}: transformers cannot load its processor ({error}). Give a folder with "
+                         "config.json, a processor and a tokenizer, or a reachable hub name") from error  # fmt: skip
+    _check_processor(source.path, processor)
+    return processor
 
 
 def _check_whole(path: str, processor: Any, loaded: Mapping[str, Any]) -> None:
@@ -63,6 +100,10 @@ def _check_whole(path: str, processor: Any, loaded: Mapping[str, Any]) -> None:
     if missing:
         raise ModelError(f"{path}: the checkpoint lacks {len(missing)} weights of its model, such as {missing[0]}; get "
                          "the whole checkpoint")  # fmt: skip
+    _check_processor(path, processor)
+
+
+def _check_processor(path: str, processor: Any) -> None:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{path}: no processor with an image processor and a tokenizer; copy the model's "
                          "processor_config.json (or preprocessor_config.json) and tokenizer files there")  # fmt: skip
@@ -74,56 +115,36 @@ def save_model(model: PreTrainedModel, processor: Any, directory: Path) -> None:
     processor.save_pretrained(directory)
 
 
-def part_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
-    """vision, projector, language -> modules; together they hold every parameter. Raises ModelError otherwise."""
-    inner = model.model if hasattr(model, "model") else model
-    found: dict[str, list[nn.Module]] = {}
-    for part, names in PARTS.items():
-        modules = [getattr(inner, name) for name in names if hasattr(inner, name)]
-        if not modules:
-            raise ModelError(f"{type(model).__name__}: no {part} found under {', '.join(names)}; this architecture is "
-                             "not supported yet")  # fmt: skip
-        found[part] = modules[:1]
-    head = model.get_output_embeddings()
-    if head is not None:
-        found["language"].append(head)
-    known = {id(p) for modules in found.values() for module in modules for p in module.parameters()}
-    strays = [name for name, p in model.named_parameters() if id(p) not in known]
-    if strays:
-        raise ModelError(f"{type(model).__name__}: parameters outside its known parts: {strays[:3]}")
-    return found
+def part_of(name: str) -> str | None:
+    """The part that a parameter or module belongs to, by its dotted name; None outside all parts."""
+    path = set(name.split("."))
+    return next((part for part in ("projector", "vision", "language") if path.intersection(PARTS[part])), None)
 
 
 def part_parameters(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
-    """vision, projector, language -> parameters, each once (tied weights belong to the language model)."""
-    seen: set[int] = set()
-    result: dict[str, list[nn.Parameter]] = {}
-    for part, modules in part_modules(model).items():
-        result[part] = []
-        for module in modules:
-            for parameter in module.parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    result[part].append(parameter)
-    return result
+    """vision, projector, language -> parameters, each once (tied weights belong to the language model).
 
-
-def renew_projector(model: PreTrainedModel, seed: int) -> None:
-    """Give the projector the random weights of its layers' own initialisation, drawn by `seed` alone.
-
-    Raises ModelError for a projector with weights that no layer of torch's initialises.
+    Together they hold every parameter. Raises ModelError otherwise.
     """
-    import torch
+    found: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
+    strays = []
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        if part:
+            found[part].append(parameter)
+        else:
+            strays.append(name)
+    _check_parts(type(model).__name__, found, strays)
+    return found
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in (part for whole in part_modules(model)["projector"] for part in whole.modules()):
-            own = getattr(module, "reset_parameters", None)
-            if callable(own):
-                own()
-            elif next(module.parameters(recurse=False), None) is not None:
-                raise ModelError(f"{type(model).__name__}: {type(module).__name__} in its projector has weights that "
-                                 "cannot be made anew; use start=base or start=previous for this model")  # fmt: skip
+
+def _check_parts(name: str, found: Mapping[str, Any], strays: list[str]) -> None:
+    for part, parameters in found.items():
+        if not parameters:
+            raise ModelError(f"{name}: no {part} found under {', '.join(PARTS[part])}; this architecture is not "
+                             "supported yet")  # fmt: skip
+    if strays:
+        raise ModelError(f"{name}: parameters outside its known parts: {strays[:3]}")
 
 
 @dataclass(frozen=True)
@@ -142,13 +163,15 @@ class Work:
     """Positions of the vision tower behind one image token of the language model."""
 
     def training(self, tokens: float, image_tokens: float, new_tokens: float,
-                 trained: Collection[str] = tuple(PARTS)) -> float:  # fmt: skip
+                 trained: Collection[str] = tuple(PARTS), adapted: Collection[str] = (), again: bool = False
+                 ) -> float:  # fmt: skip
         """FLOPs of training on `tokens` positions, `image_tokens` of them images', `new_tokens` of them predicted.
 
-        `trained` names the parts with gradients of their own; those before all of them run forward alone.
+        `trained` names the parts whose weights have gradients, `adapted` those whose adapters have (which are small and
+        left out); parts before all of them run forward alone. `again`: activations are computed a second time.
         """
         products = self._products(tokens, image_tokens, new_tokens)
-        return sum(passes * products[part] for part, passes in _passes(trained).items())
+        return sum(passes * products[part] for part, passes in _passes(trained, adapted, again).items())
 
     def sampling(self, prompt_tokens: float, encoded_tokens: float, new_tokens: float) -> float:
         """FLOPs of sampling `new_tokens` behind prompts that are read once each; `encoded_tokens`: image tokens that
@@ -167,12 +190,12 @@ class Work:
                 "language": self.language * tokens + self.head * predicted}  # fmt: skip
 
 
-def _passes(trained: Collection[str]) -> dict[str, int]:
+def _passes(trained: Collection[str], adapted: Collection[str], again: bool) -> dict[str, int]:
     """Part -> FLOPs a multiplication. Gradients reach a part where it trains or one before it does."""
     passes, reached = {}, False
     for part in PARTS:
-        reached = reached or part in trained
-        passes[part] = 2 + 2 * reached + 2 * (part in trained)
+        reached = reached or part in trained or part in adapted
+        passes[part] = 2 + 2 * reached + 2 * (part in trained) + 2 * (again and reached)
     return passes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sicog_exp.models.loading import ModelError, Work, image_tokens_of, part_parameters, work_of
@@ -79,6 +80,25 @@ def shape_of(config: PretrainedConfig, name: str) -> Shape:
     return Shape(name, work_of(model), counts, image_tokens_of(config) or DEFAULT_IMAGE_TOKENS, text.hidden_size,
                  text.num_hidden_layers, 2 * text.num_hidden_layers * heads * head_width, text.vocab_size,
                  getattr(vision, "hidden_size", text.hidden_size), getattr(vision, "num_hidden_layers", 0))  # fmt: skip
+
+
+def composed_shape(language: str, vision: str) -> Shape:
+    """A LLaVA of a language model (a folder, a hub name or a .gguf file) and a vision tower. Raises ModelError."""
+    from transformers import AutoConfig, LlavaConfig
+
+    file = Path(language)
+    named: dict[str, Any] = {"gguf_file": file.name} if language.endswith(".gguf") else {}
+    try:
+        text = AutoConfig.from_pretrained(file.parent if named else language, **named)
+        tower: Any = AutoConfig.from_pretrained(vision)
+        tower = getattr(tower, "vision_config", tower)
+        patches = (tower.image_size // tower.patch_size) ** 2
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"model.language={language}, model.vision={vision}: no configurations that transformers can "
+                         f"read ({_first(error)}); set plan.shape") from None  # fmt: skip
+    config = LlavaConfig(vision_config=tower, text_config=text, image_seq_length=patches,  # type: ignore[call-arg]
+                         tie_word_embeddings=text.tie_word_embeddings)  # fmt: skip
+    return shape_of(config, f"{language} + {vision}")
 
 
 @lru_cache(maxsize=4)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sicog_exp.data.chat import IGNORED, ChatEncoder
+from sicog_exp.data.formats import BadRow, default_root, exists, found_rows, is_hub
 from sicog_exp.data.images import IMAGES, SUFFIXES, ImageError, ImageFolder, open_image
-from sicog_exp.data.readers import BadRow, as_chat, infer_kind, make_record, parse_row, raw_rows, words_of
+from sicog_exp.data.readers import as_chat, holds_images, infer_kind, make_record, parse_row, words_of
 from sicog_exp.data.sources import build_dataset
 from sicog_exp.prompts import CAPTION_KINDS, KINDS, REASONING_KINDS, Kind, prompt, question_of
 from sicog_exp.recipe import DataConfig, Recipe
@@ -122,12 +123,15 @@ def read_contents(recipe: Recipe, ruler: Ruler, image_tokens: int) -> Contents:
     """What `recipe.data` holds. Raises DataError where a file cannot be read as a whole."""
     config = recipe.data
     with tempfile.TemporaryDirectory(prefix="sicog-plan-") as folder:
-        here = config.source != "own" or all(Path(str(getattr(config, name))).expanduser().exists()
-                                             for name in ("annotated", "unlabeled"))  # fmt: skip
-        if not here:
+        if config.source == "own" and not all(map(_at_hand, (config.annotated, config.unlabeled))):
             return _given(recipe, _assumed(config, image_tokens))
         sample = _own(config, Path(folder)) if config.source == "own" else _built(config, Path(folder))
         return _given(recipe, _measured(sample, ruler, image_tokens))
+
+
+def _at_hand(source: str | None) -> bool:
+    """Whether rows or images can be looked at; a hub is not asked."""
+    return bool(source) and not is_hub(Path(str(source))) and exists(Path(str(source)).expanduser())
 
 
 # What was measured.
@@ -199,9 +203,8 @@ def _own(config: DataConfig, folder: Path) -> _Sample:
     """Every row counts as usable; the first ones of each kind are read as a run reads them."""
     sample, pictures = _Sample(folder), ImageFolder(folder, config.max_pixels)
     for split in ("annotated", "development", "benchmark"):
-        named = getattr(config, split)
-        if named and Path(named).expanduser().exists():
-            _read_annotated(Path(named).expanduser(), split, config, sample, pictures)
+        if _at_hand(getattr(config, split)):
+            _read_annotated(Path(getattr(config, split)).expanduser(), split, config, sample, pictures)
     missing = [split for split in ("development", "benchmark") if getattr(config, split) is None]
     shown = sample.count("annotated", [kind for kind in KINDS if kind != "text"])
     for split in missing:
@@ -215,14 +218,14 @@ def _own(config: DataConfig, folder: Path) -> _Sample:
 
 
 def _root(config: DataConfig, path: Path) -> Path:
-    return Path(config.root).expanduser() if config.root else path.parent
+    return Path(config.root).expanduser() if config.root else default_root(path)
 
 
 def _read_annotated(path: Path, split: str, config: DataConfig, sample: _Sample, pictures: ImageFolder) -> None:
     named: set[Any] = set()
-    for number, raw in raw_rows(path):
+    for number, found in enumerate(found_rows(path)):
         try:
-            row = parse_row(raw, f"{split}-{number}")
+            row = parse_row(found.raw, f"{split}-{number}")
             kind = row.kind or infer_kind(row.messages, tuple(map(str, row.images)))
             sample.counts[split, kind] += 1
             named.update(row.images)
@@ -240,7 +243,7 @@ def _read_unlabeled(path: Path, config: DataConfig, sample: _Sample, pictures: I
     questions = [(name, text) for name, text in asked if text and name in kept]
     sample.counts["unlabeled", "cod"], sample.counts["unlabeled", "cot"] = len(names), len(questions)
     sample.pictures["unlabeled"] += len(names)
-    root = path if path.is_dir() else _root(config, path)
+    root = path if holds_images(path) else _root(config, path)
     wanted: tuple[tuple[Kind, list], ...] = (("cod", [(name, "") for name in names]), ("cot", questions))
     for kind, rows in wanted:
         for name, text in rows[:SAMPLE]:
@@ -254,13 +257,13 @@ def _read_unlabeled(path: Path, config: DataConfig, sample: _Sample, pictures: I
 
 def _requests(path: Path) -> Iterator[tuple[Any, str]]:
     """(image, question) of every unlabeled row or file; the question is empty where a caption is asked for."""
-    if path.is_dir() and not (path / "state.json").is_file():
+    if holds_images(path):
         files = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in (*SUFFIXES.values(), ".jpeg"))
         yield from ((str(file.relative_to(path)), "") for file in files)
         return
-    for _, raw in raw_rows(path):
+    for found in found_rows(path):
         try:
-            row = parse_row(as_chat(raw), "-")
+            row = parse_row(as_chat(found.raw), "-")
         except BadRow:
             continue
         words = next((words_of(message) for message in row.messages if message.role == "user"), "")

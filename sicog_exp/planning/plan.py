@@ -13,8 +13,8 @@ from pathlib import Path
 from sicog_exp import loop
 from sicog_exp.curation.scorers import weights_of
 from sicog_exp.data.chat import ChatEncoder
-from sicog_exp.models.loading import resolve_base
-from sicog_exp.models.shapes import Shape, encoder_parameters, read_shape
+from sicog_exp.models.loading import ModelError, ModelSource, load_processor, resolve_base
+from sicog_exp.models.shapes import Shape, composed_shape, encoder_parameters, read_shape
 from sicog_exp.planning.contents import Contents, Rows, Ruler, read_contents
 from sicog_exp.planning.devices import DEVICES, Device
 from sicog_exp.planning.tasks import UNKNOWN_QUESTIONS, Asked, read_tasks
@@ -28,6 +28,8 @@ ACTIVATIONS = 17
 2, without attention scores, which fused attention does not keep: 34 bytes at 2 bytes a number."""
 LOGIT_COPIES = 3
 """Of a predicted token's logits in float32: themselves, their softmax, their gradient."""
+QUANTIZED_BYTES = 0.5
+"""Of a weight held in 4 bits."""
 SAVED_BYTES = 4
 """Of a weight in a saved model: float32, in which stages load it."""
 POOL_BYTES, TOKEN_BYTES, POOL_COPIES = 300, 4, 1.5
@@ -100,11 +102,12 @@ class Plan:
 
     @staticmethod
     def sum_of(steps: Iterable[PlannedStep]) -> PlannedStep:
-        """Sums; of memory the largest."""
+        """Sums; memory and its state are those of the fullest step."""
         added = list(steps)
         names = ("samples", "prompt_tokens", "image_tokens", "new_tokens", "flops", "hours", "disk")
         sums = {name: sum(getattr(step, name) for step in added) for name in names}
-        return PlannedStep(-1, "all", memory=max((step.memory for step in added), default=0.0), **sums)
+        fullest = max(added, key=lambda step: step.memory)
+        return PlannedStep(-1, "all", memory=fullest.memory, state=fullest.state, **sums)
 
 
 def pricing(device: str, devices: int = 1, utilisation: float | None = None,
@@ -131,16 +134,17 @@ def make_plan(recipe: Recipe, price: Pricing) -> Plan:
 
 
 def base_of(recipe: Recipe) -> tuple[Shape, ChatEncoder | None]:
-    """The base model's shape, and what counts its tokens where its processor is at hand."""
-    from transformers import AutoProcessor
-
+    """The base model's shape, and what counts its tokens where its processor is at hand. Raises ModelError."""
+    model = recipe.model
     if recipe.plan.shape:
         return read_shape(recipe.plan.shape), None
-    name, trust = resolve_base(recipe.model.base), recipe.model.trust_remote_code
-    shape = replace(read_shape(name, trust), name=recipe.model.base)
+    if model.language and model.vision:
+        return composed_shape(model.language, resolve_base(model.vision)), None
+    source = ModelSource.of(resolve_base(model.base), model)
+    shape = replace(read_shape(source.path, source.trust_remote_code), name=model.base)
     try:
-        return shape, ChatEncoder(AutoProcessor.from_pretrained(name, trust_remote_code=trust))
-    except (OSError, ValueError, KeyError, AttributeError, ImportError):
+        return shape, ChatEncoder(load_processor(source))
+    except ModelError:
         return shape, None
 
 
@@ -150,11 +154,11 @@ class _Planner:
     def __init__(self, recipe: Recipe, shape: Shape, contents: Contents, price: Pricing) -> None:
         self.recipe, self.shape, self.contents, self.price = recipe, shape, contents, price
         evaluation, unknown = recipe.evaluation, recipe.plan.benchmark_questions or UNKNOWN_QUESTIONS
-        self.tasks = read_tasks(evaluation.suite, evaluation.split, contents.splits, unknown)
+        self.tasks = read_tasks(evaluation, evaluation.split, contents.splits, unknown)
         self.decisive = self.tasks
         """What a stop rule decides by."""
         if evaluation.split == "benchmark" and recipe.stop.no_gain:
-            self.decisive = read_tasks(evaluation.suite, "development", contents.splits, unknown)
+            self.decisive = read_tasks(evaluation, "development", contents.splits, unknown)
         half = recipe.model.precision != "32-true"
         self.bytes = 2 if half else 4
         """Of a number in generation and in activations."""
@@ -215,17 +219,16 @@ class _Planner:
             return
         text, image, new = self._mean_row(shares, kinds, stage.max_length)
         rows = stage.steps * stage.batch_size
-        trained = self._trained(stage)
-        flops = self.shape.work.training(rows * (text + image + new), rows * image, rows * new, trained)
+        flops = self._trained_flops(stage, rows, text, image, new)
         state = self._state(stage)
         yield PlannedStep(g, name, rows, rows * (text + image), rows * image, rows * new, flops,
                           state + self._activations(stage, text + image + new, image, new), state,
                           self.price.hours(flops), SAVED_BYTES * self.shape.parameters)  # fmt: skip
 
-    @staticmethod
-    def _trained(stage: StageConfig) -> list[str]:
-        rates = {"vision": stage.vision_lr, "projector": stage.projector_lr, "language": stage.language_lr}
-        return [part for part, rate in rates.items() if rate > 0]
+    def _trained_flops(self, stage: StageConfig, rows: float, text: float, image: float, new: float) -> float:
+        again = self.recipe.model.gradient_checkpointing
+        return self.shape.work.training(rows * (text + image + new), rows * image, rows * new, stage.trained,
+                                        stage.adapted, again)  # fmt: skip
 
     def _mean_row(self, shares: Mapping[str, float], kinds: tuple[Kind, ...], limit: int) -> tuple[float, float, float]:
         """(text, image, response) tokens of a mixture's mean row; sources without rows are left out."""
@@ -268,18 +271,25 @@ class _Planner:
         return len(COD_TURNS) * asked.text, asked.image, self._sampled("cod")
 
     def _state(self, stage: StageConfig) -> float:
-        """Bytes of weights, and of gradients and AdamW's two moments where a part trains."""
-        trained = sum(self.shape.parts[part] for part in self._trained(stage))
-        return self.weight_bytes * (self.shape.parameters + 3 * trained)
+        """Bytes of weights, and of gradients and AdamW's two moments where a part trains; adapters are left out."""
+        trained, adapted = (sum(self.shape.parts[part] for part in parts) for parts in (stage.trained, stage.adapted))
+        held = QUANTIZED_BYTES if stage.lora_4bit else self.weight_bytes
+        moment = 1 if stage.optimizer == "adamw_8bit" else self.weight_bytes
+        whole = self.weight_bytes * (self.shape.parameters - adapted) + held * adapted
+        return whole + (self.weight_bytes + 2 * moment) * trained
 
     def _activations(self, stage: StageConfig, length: float, image: float, new: float) -> float:
         """Bytes that a micro-batch of mean rows leaves for the backward pass."""
         shape = self.shape
-        kept = length * shape.layers * shape.width
+        kept = self._kept(shape.layers) * length * shape.width
         if stage.vision_lr > 0:
-            kept += image * shape.work.positions * shape.vision_layers * shape.vision_width
+            kept += self._kept(shape.vision_layers) * image * shape.work.positions * shape.vision_width
         logits = LOGIT_COPIES * 4 * new * shape.vocabulary
-        return stage.micro_batch_size * (ACTIVATIONS * self.bytes * kept + logits)
+        return stage.micro_batch_size * (self.bytes * kept + logits)
+
+    def _kept(self, layers: int) -> float:
+        """Numbers kept of a token's feature; computed again, they are those of one layer and the others' inputs."""
+        return ACTIVATIONS + layers if self.recipe.model.gradient_checkpointing else ACTIVATIONS * layers
 
     # Sampling.
 
@@ -339,7 +349,7 @@ class _Planner:
         text, image, new = _mixed([(replace(self.contents.asked[kind], count=count), self._sampled(kind))
                                    for kind, count in kinds]) or (0.0, 0.0, 0.0)  # fmt: skip
         rows, read = 2.0 * stage.steps * stage.batch_size, 2 * share * sum(self._items()[group] for group in groups)
-        flops = work.training(rows * (text + image + new), rows * image, rows * new, self._trained(stage))
+        flops = self._trained_flops(stage, rows, text, image, new)
         flops += work.sampling(read * (text + image), read * image, read * new)
         state = self._state(stage)
         activations = 2 * self._activations(stage, text + image + new, image, new)
@@ -424,7 +434,8 @@ class _Planner:
                f"used in training and to read prompts, {price.sampling_utilisation:.0%} to draw tokens")  # fmt: skip
         yield (f"memory: {recipe.model.precision}, gradients and AdamW's two moments of what trains, activations of "
                f"one micro-batch of mean rows at {ACTIVATIONS} numbers a token, layer and feature (Korthikanti et al. "
-               "2022), no recomputation; key/value caches at full length; no libraries")  # fmt: skip
+               f"2022){', computed again' if recipe.model.gradient_checkpointing else ''}; key/value caches at full "
+               "length; no libraries, no adapters")  # fmt: skip
         if recipe.stop.no_gain or recipe.stop.collapse or recipe.stop.budget_flops:
             yield "all iterations run: no stop rule ends them"
         if recipe.curation.encoder != "lexical" and not self._encoder_parameters():

@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 
 from sicog_exp.ahead import check_ahead
-from sicog_exp.evaluation.benchmarks import BenchmarkError, load_suite
+from sicog_exp.evaluation.suites import BenchmarkError, load_suite
 from sicog_exp.recipe import Recipe, RecipeError, load, load_as, to_yaml
 from sicog_exp.studies import findings
 
@@ -149,7 +149,7 @@ def _check(study: StudyConfig) -> None:
                               f"{', '.join(earlier) or 'none'}")  # fmt: skip
     if recipe.iterations < 1:
         raise RecipeError(f"iterations={recipe.iterations}: a sweep needs a generation after G0")
-    tasks = load_suite(recipe.evaluation.suite).tasks("development")
+    tasks = load_suite(recipe.evaluation.suite).tasks("development", recipe.evaluation.judge)
     known = ["eval/mean/accuracy", "cost/flops", "cost/seconds", *(f"eval/{task.task}/accuracy" for task in tasks)]
     for metric in (objective.metric for objective in study.objectives):
         of_a_task = metric.startswith(tuple(f"eval/{task.task}/" for task in tasks))

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sicog_exp.data.chat import IGNORED
+from sicog_exp.models.adapters import MARK, add_adapters
+from sicog_exp.models.families import packing_problem, token_types
 from sicog_exp.models.loading import part_parameters
 from sicog_exp.recipe import StageConfig
 
@@ -36,6 +38,15 @@ def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def build_optimizer(config: StageConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW, fused, or with moments in 8 bits."""
+    if config.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, weight_decay=config.weight_decay, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True)
 
 
 class Stage(LightningModule):
@@ -120,7 +131,7 @@ class Stage(LightningModule):
     def configure_optimizers(self) -> Any:
         config = self.config
         groups = self.parameter_groups()
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True)
+        optimizer = build_optimizer(config, groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, config.steps, config.warmup_ratio))  # fmt: skip
         return [optimizer], [scheduler]
@@ -131,18 +142,26 @@ class SupervisedFineTuning(Stage):
 
     def __init__(self, model: PreTrainedModel, config: StageConfig) -> None:
         super().__init__(config)
-        if config.packing and "mrope_section" in str(model.config):
-            raise ValueError(f"packing=true: {model.config.model_type} numbers positions by place in the image "
-                             "(M-RoPE), which packed rows would break; set packing=false for this model")  # fmt: skip
+        problem = packing_problem(model)
+        if config.packing and problem:
+            raise ValueError(f"packing=true: {model.config.model_type} {problem}; set packing=false for this model")
         self.model = model
         self.rates = {"vision": config.vision_lr, "projector": config.projector_lr, "language": config.language_lr}
+        adapted = config.lora_parts if config.lora_rank else ()
+        if adapted:
+            add_adapters(model, adapted, config.lora_rank, config.lora_alpha or 2 * config.lora_rank)
+        adapters = {id(parameter) for name, parameter in model.named_parameters() if MARK in name}
         for part, parameters in part_parameters(model).items():
             for parameter in parameters:
-                parameter.requires_grad = self.rates[part] > 0
+                trains = part not in adapted or id(parameter) in adapters
+                # what holds whole numbers, weights in 4 bits, has no gradient
+                if parameter.is_floating_point():
+                    parameter.requires_grad = self.rates[part] > 0 and trains
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        parts = part_parameters(self.model)
-        return [{"params": parts[part], "lr": rate} for part, rate in self.rates.items() if rate > 0]
+        trained = {part: [p for p in parameters if p.requires_grad]
+                   for part, parameters in part_parameters(self.model).items()}  # fmt: skip
+        return [{"params": trained[part], "lr": rate} for part, rate in self.rates.items() if rate > 0]
 
     def work(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         image_id = self.model.config.image_token_id
@@ -159,6 +178,7 @@ class SupervisedFineTuning(Stage):
     def token_losses(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """(losses of response tokens (tokens,), sample of each (tokens,)); the head sees response positions alone."""
         inputs = {name: value for name, value in micro_batch.items() if name not in NOT_THE_MODELS}
+        inputs |= token_types(self.model, micro_batch["input_ids"])
         hidden_BLD = self.model.model(**inputs, use_cache=False).last_hidden_state
         targets_BL = micro_batch["labels"][:, 1:]
         rows, columns = torch.nonzero(targets_BL != IGNORED, as_tuple=True)

@@ -29,7 +29,7 @@ from sicog_exp.records import Record, read_records
 from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, fit
 from sicog_exp.training.modules import Means, SupervisedFineTuning
-from sicog_exp.training.stages import step_logger
+from sicog_exp.training.stages import in_4bit, merged, step_logger, trained_flops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -197,16 +197,21 @@ class PreferenceTask:
 
 def prefer(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Tune the input model on its pairs. Raises RecipeError when there is none."""
-    model, processor = load_model(ModelSource(str(inputs["model"].path), task.model.trust_remote_code))
+    loaded = ModelSource.of(inputs["model"].path, task.model)
+    model, processor = load_model(loaded, **in_4bit(task.stage))
+    if task.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(task.seed)  # adapters start at random
     source = _pairs(task, inputs, ChatEncoder(processor))
     batches = PairBatches(source, task.stage, processor.tokenizer.pad_token_id, task.seed)
     module = PreferenceTuning(model, task.stage)
     count = source.rows or 0
     batches.reference = reference_differences(module, batches, count, task.model, workplace)
     fit(module, StageData(batches), task.model, workplace, task.seed, step_logger(workplace))
-    tokens, image, new = (workplace.facts[name] for name in ("tokens", "image_tokens", "new_tokens"))
-    work, trained = work_of(model), [part for part, rate in module.rates.items() if rate > 0]
-    workplace.add(pairs=count, flops=work.training(tokens, image, new, trained)
+    if task.stage.lora_rank:
+        model = merged(model, loaded, task.stage)
+    work, again = work_of(model), task.model.gradient_checkpointing
+    workplace.add(pairs=count, flops=trained_flops(workplace.facts, work, task.stage, again)
                   + work.sampling(*_size(source, module)))  # fmt: skip
     save_model(model, processor, workplace.directory)
 

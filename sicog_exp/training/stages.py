@@ -6,11 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import Logger
+from transformers import PreTrainedModel
 
 from sicog_exp.data.chat import ChatEncoder
 from sicog_exp.data.mixture import ImageTensors, Mixture, RecordSource, capped
-from sicog_exp.models.loading import ModelSource, load_model, renew_projector, save_model, work_of
+from sicog_exp.models.adapters import copy_trained, layers_kept_whole, merge_adapters
+from sicog_exp.models.compose import fresh_projector
+from sicog_exp.models.loading import ModelSource, Work, load_model, save_model, work_of
 from sicog_exp.prompts import COD_TURNS, KINDS, Kind, steps_of
 from sicog_exp.recipe import CapsConfig, ModelConfig, StageConfig
 from sicog_exp.records import Record, read_jsonl, read_records, turns_conversation
@@ -111,13 +115,23 @@ def pretrain(data: MixtureData, workplace: Workplace) -> None:
 
 def _train(kind: type[SupervisedFineTuning], data: MixtureData, workplace: Workplace) -> None:
     task = data.task
-    model, data.processor = load_model(ModelSource(str(data.inputs["model"].path), task.model.trust_remote_code))
-    module = kind(model, task.stage)
-    fit(module, data, task.model, workplace, task.seed, step_logger(workplace))
-    trained = [part for part, rate in module.rates.items() if rate > 0]
-    tokens, image, new = (workplace.facts[name] for name in ("tokens", "image_tokens", "new_tokens"))
-    workplace.add(flops=work_of(model).training(tokens, image, new, trained))
+    source = ModelSource.of(data.inputs["model"].path, task.model)
+    model, data.processor = load_model(source, **in_4bit(task.stage))
+    if task.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(task.seed)  # adapters start at random
+    fit(kind(model, task.stage), data, task.model, workplace, task.seed, step_logger(workplace))
+    if task.stage.lora_rank:
+        model = merged(model, source, task.stage)
+    again = task.model.gradient_checkpointing
+    workplace.add(flops=trained_flops(workplace.facts, work_of(model), task.stage, again))
     save_model(model, data.processor, workplace.directory)
+
+
+def trained_flops(facts: Mapping[str, float], work: Work, stage: StageConfig, again: bool) -> float:
+    """FLOPs of the tokens that a stage counted; `again`: activations were computed twice."""
+    tokens, image, new = (facts[name] for name in ("tokens", "image_tokens", "new_tokens"))
+    return work.training(tokens, image, new, stage.trained, stage.adapted, again)
 
 
 @dataclass(frozen=True)
@@ -131,8 +145,29 @@ class PartsTask:
 def raw_parts(task: PartsTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """The base's vision tower and language model with a projector that has learned nothing yet."""
     model, processor = load_model(ModelSource(str(inputs["model"].path), task.trust_remote_code))
-    renew_projector(model, task.seed)
+    fresh_projector(model, task.seed)
     save_model(model, processor, workplace.directory)
+
+
+def in_4bit(stage: StageConfig) -> dict[str, Any]:
+    """How transformers loads a base for QLoRA; nothing for any other stage."""
+    if not stage.lora_4bit:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    kept = layers_kept_whole(stage.lora_parts)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+                                llm_int8_skip_modules=kept)  # fmt: skip
+    return {"quantization_config": config, "device_map": {"": 0}}
+
+
+def merged(model: PreTrainedModel, source: ModelSource, stage: StageConfig) -> PreTrainedModel:
+    """The trained model without adapters. Those trained beside weights in 4 bits go to the weights in full."""
+    if stage.lora_4bit:
+        quantized, (model, _) = model, load_model(source)
+        copy_trained(quantized, SupervisedFineTuning(model, stage).model)
+    merge_adapters(model)
+    return model
 
 
 def step_logger(workplace: Workplace) -> Logger | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from formats import parquet_shards, qa, shards, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -299,6 +301,48 @@ def test_the_state_follows_the_files(own: DataConfig) -> None:
     assert source_state(own)["annotated"] != middle["annotated"]
 
 
+def test_shards_make_a_data_set(own: DataConfig, tmp_path: Path) -> None:
+    """Annotated rows from a pattern of .tar shards, unlabeled ones from a folder of Parquet with the images inside."""
+    home = Path(str(own.annotated)).parent
+    rows = [qa(Path(name).stem, (name,), "<image>\nWhat is it?", name) for name in
+            ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "coins.png", "page.png")]  # fmt: skip
+    asked = [qa(name, (f"pool/{name}.png",), "<image>\nWhere?") for name in ("brick", "camera", "grass")]
+    sharded = replace(own, annotated=str(shards(home, rows)), unlabeled=str(parquet_shards(home, asked)))
+    build_dataset(sharded, tmp_path / "out")
+    assert [len(records) for records in every(tmp_path / "out").values()] == [4, 6, 0, 1, 1]
+    assert {file.name for file in (tmp_path / "out").iterdir() if file.name.startswith(".")} == set()
+    before = source_state(sharded)
+    assert before == source_state(sharded)
+    write_shard(home / "part-000.tar", home, rows[:1])
+    assert source_state(sharded)["annotated"] != before["annotated"]
+    assert source_state(sharded)["unlabeled"] == before["unlabeled"]
+
+
+def test_the_hub_names_a_commit_or_says_why_not(own: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"hub:owner/name: the hub did not give it"):
+        source_state(replace(own, annotated="hub:owner/name"))
+    with pytest.raises(DataError, match=r"hub:owner/name: the hub did not give it"):
+        build_dataset(replace(own, annotated="hub:owner/name"), tmp_path / "out")
+
+
+def test_annotated_rows_are_not_held(own: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 kB or 20 kB a row: what a build holds does not grow with what rows say."""
+    monkeypatch.setattr("sicog_exp.records.ROWS_PER_GROUP", 32)
+    monkeypatch.setattr("sicog_exp.records.ROWS_READ", 32)
+    home = Path(str(own.annotated)).parent
+    names = [save_picture(home / f"p{i}.png", i) for i in range(20)]
+    peaks = []
+    for length in (2_000, 20_000):
+        rows = [llava(f"{i}", names[i % 20], answer=f"{i} " + "x" * length) for i in range(300)]
+        file = write_lines(home / f"{length}.jsonl", rows)
+        del rows
+        tracemalloc.start()
+        build_dataset(replace(own, annotated=str(file)), tmp_path / str(length))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 1_000_000, peaks  # the file grew by 5.4 MB
+
+
 # Bad input.
 
 
@@ -332,7 +376,7 @@ BAD: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "two answers": ("roles", _turns(("human", "<image>\nA?"), ("gpt", "b"), ("gpt", "c"))),
     "placeholder in an answer": ("roles", _turns(("human", "A?"), ("gpt", "<image>"))),
     "lone surrogate": ("encoding", _turns(("human", "<image>\nA?"), ("gpt", "\ud800"))),
-    "duplicate id": ("id", _change(id="row-0")),
+    "the same row again": ("repeated", lambda row: llava("row-0", "0.png")),
 }
 
 
@@ -348,6 +392,16 @@ def test_a_bad_row_is_set_aside_with_reason_and_fix(tmp_path: Path, name: str) -
     assert (bad.row, bad.problem) == (2, problem)
     assert bad.reason
     assert bad.fix
+
+
+def test_llava_files_give_one_id_to_several_rows(tmp_path: Path) -> None:
+    """As LLaVA-Instruct does, where the id is the image's: each row gets an id of its own and none is lost."""
+    name = save_picture(tmp_path / "a.png", 1)
+    rows = [llava("1", name, f"What is {word}?") for word in ("this", "that", "it")] + [llava("1#2", name, "Why?")]
+    records, intake = read_all(tmp_path, write_lines(tmp_path / "rows.jsonl", rows))
+    assert [record.id for record in records] == ["1", "1#2", "1#3", "1#2#2"]
+    assert intake.renamed.total() == 3
+    assert not intake.rejected
 
 
 def test_malformed_and_undecodable_lines(tmp_path: Path) -> None:

@@ -17,17 +17,8 @@ from oracle import OracleEngine
 from PIL import Image
 from tiny import build
 
-from sicog_exp.evaluation.benchmarks import (
-    BenchmarkError,
-    Sample,
-    Suite,
-    SuiteTask,
-    evals_folder,
-    evaluate,
-    load_suite,
-    read_samples,
-    read_scores,
-)
+from sicog_exp.evaluation.benchmarks import Sample, evaluate, read_samples, read_scores
+from sicog_exp.evaluation.suites import BenchmarkError, Suite, SuiteTask, evals_folder, load_suite
 from sicog_exp.generation.engine import Request
 from sicog_exp.prompts import prompt, question_of, structured
 from sicog_exp.recipe import EvaluationConfig

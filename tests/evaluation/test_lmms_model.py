@@ -55,9 +55,11 @@ def test_token_limit_is_the_smaller_of_task_and_model():
 
 @pytest.mark.parametrize(
     ("until", "expected"),
-    [([], "a\n\nb. c"), (["\n\n"], "a"), (". ", "a\n\nb"), (None, "a\n\nb. c"), ([""], "a\n\nb. c")],
+    [([], "a\n\nb. c"), (["\n\n"], "a\n\nb. c"), (["\n\n", ". "], "a"), (". ", "a\n\nb"), (None, "a\n\nb. c"),
+     ([""], "a\n\nb. c")],
 )
 def test_until_cuts(until: Any, expected: str):
+    """An empty line alone is what the harness puts where a task names nothing: answers of several paragraphs stay."""
     assert model_with(lambda _: "a\n\nb. c").generate_until([request(0, until=until)]) == [expected]
 
 
@@ -97,6 +99,17 @@ def test_decoded_image_is_spooled_without_loss(mode: str):
     model.clean()
     assert not path.exists()
     assert isinstance(model.engine, OracleEngine), "clean() must keep the engine"
+
+
+def test_decoded_images_are_named_by_their_pixels_and_stay_where_they_are_told(tmp_path: Path):
+    model = EngineModel(OracleEngine(echo), 2, 50, tmp_path / "pictures")
+    model.task_dict = {TASK: {SPLIT: [{}] * 3}}
+    red, blue = (Image.new("RGB", (5, 4), name) for name in ("red", "blue"))
+    model.generate_until([request(0, visuals=[red]), request(1, visuals=[blue]), request(2, visuals=[red.copy()])])
+    assert model.shown[TASK, 0] == model.shown[TASK, 2] != model.shown[TASK, 1]
+    model.clean()
+    names = sorted(path.stem for path in (tmp_path / "pictures").iterdir())
+    assert names == sorted({model.shown[TASK, 0], model.shown[TASK, 1]})
 
 
 def test_changed_image_is_not_taken_from_its_file(tmp_path: Path):

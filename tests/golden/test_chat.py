@@ -271,12 +271,20 @@ def test_any_words_are_masked_right(first: str, second: str, asked: str, name: s
         assert example.input_ids[: len(ids)] == ids
 
 
-def test_a_processor_that_counts_image_tokens_from_more_than_pixels_is_named() -> None:
+def test_a_processor_that_does_not_say_what_stands_in_an_image_s_place_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unsaid(*args: Any, **kwargs: Any) -> str:
+        raise NotImplementedError
+
     chat = encoder()
+    monkeypatch.setattr(chat.processor, "replace_image_token", unsaid)
+    with pytest.raises(ChatError, match="LlavaProcessor does not say what stands in an image's place"):
+        chat.pixels([render(make_scene(1, "base", 0), 1)])
 
-    def count(inputs: Any, index: int) -> str:
-        return inputs["num_patches"][index]
 
-    chat.processor.replace_image_token = count
-    with pytest.raises(ChatError, match="counts image tokens from 'num_patches'"):
-        chat.prompt((user("What is this?", 1),), pixels(1, chat))
+def test_more_placeholders_than_images_are_an_error() -> None:
+    with pytest.raises(ChatError, match="shows 2 images, and 1 came with it"):
+        encoder().prompt((user("What is this?", 2),), pixels(1, encoder()))
+    with pytest.raises(ChatError, match="shows 1 images, and 0 came with it"):
+        encoder().prompt((user("What is this?", 1),), None)

@@ -1,0 +1,137 @@
+"""A model's answers, kept as they come, so that a killed evaluation asks only for what is missing.
+
+An answer is found by what was asked (the words, the pictures' content, the decoding) and by the model's weights; no
+path is part of it. A batch is kept whole or not at all and asked again as it was: padding moves the last bits of a
+computation, and a resumed evaluation gives the scores of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sicog_exp.generation.engine import Decoding, Request
+from sicog_exp.generation.pool import PoolEngine
+from sicog_exp.generation.requests import keys_of
+from sicog_exp.records import Candidate, candidate_from, candidate_row
+from sicog_exp.store import digest_of, file_checksum
+
+ANSWERS, PICTURES = "answers.jsonl", "pictures"
+LIKELIHOOD_CHUNK = 512
+"""Continuations that are computed and kept together."""
+
+
+class KeptAnswers:
+    """An engine behind a file of its answers, one line per finished batch.
+
+    `weights` is a fingerprint of the model's files. `kept_seconds` is what the answers took that were found in
+    `scratch` instead of computed; `counted` are the tokens of all answers, found or computed (`Sampled.counted`).
+    `scratch` also keeps the pictures that tasks hand over, which take long to encode.
+    """
+
+    def __init__(self, engine: PoolEngine, scratch: Path, weights: str) -> None:
+        self.engine = engine
+        self.scratch = scratch
+        self.kept_seconds = 0.0
+        self.counted: Counter[str] = Counter()
+        self._weights = weights
+        self._file = scratch / ANSWERS
+        self._digests: dict[Path, str] = {}
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._known = dict(_read(self._file))
+
+    def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[list[Candidate]]:
+        """See `Engine`; batches that were finished before come from the file."""
+        batches = self.engine.plan(requests, decoding)
+        asked = [[self._key(request, asdict(decoding)) for request in batch] for batch in batches]
+        missing = [batch for batch, keys in zip(batches, asked, strict=True) if not self._has(keys)]
+        computed = self.engine.sample_batches(missing, decoding)
+        for batch, keys in zip(batches, asked, strict=True):
+            if self._has(keys):
+                yield [candidate_from(row) for rows in self._values(keys) for row in rows]
+                continue
+            done = next(computed)
+            found = {candidate.key: candidate_row(candidate) for candidate in done.candidates}
+            self._keep(keys, [[found[key] for key in keys_of(request)] for request in batch], done.seconds,
+                       done.counted)  # fmt: skip
+            yield done.candidates
+
+    def log_likelihood(
+        self, requests: Sequence[Request], continuations: Sequence[str]
+    ) -> list[tuple[float, int, bool]]:
+        """See `Engine`; chunks that were finished before come from the file."""
+        results: list[tuple[float, int, bool]] = []
+        for start in range(0, len(requests), LIKELIHOOD_CHUNK):
+            part = slice(start, start + LIKELIHOOD_CHUNK)
+            keys = [self._key(request, text) for request, text in zip(requests[part], continuations[part], strict=True)]
+            if not self._has(keys):
+                started, before = time.perf_counter(), self._engine_counted
+                scored = self.engine.log_likelihood(requests[part], continuations[part])
+                self._keep(keys, scored, time.perf_counter() - started, self._engine_counted - before)
+                results += scored
+            else:
+                results += [(logprob, tokens, greedy) for logprob, tokens, greedy in self._values(keys)]
+        return results
+
+    @property
+    def _engine_counted(self) -> Counter[str]:
+        """What the engine says that it computed, if it counts at all."""
+        return Counter(getattr(self.engine, "counted", {}))
+
+    def _key(self, request: Request, how: Any) -> str:
+        """What is asked of whom: the request with its pictures' content, the decoding or the continuation."""
+        pictures = [self._digest(path) for path in request.images]
+        asked = [list(keys_of(request)), [asdict(message) for message in request.messages], pictures]
+        return digest_of([self._weights, asked, how])
+
+    def _digest(self, picture: Path) -> str:
+        if picture not in self._digests:
+            self._digests[picture] = file_checksum(picture)
+        return self._digests[picture]
+
+    def _has(self, keys: Sequence[str]) -> bool:
+        """A batch counts when all of it is there."""
+        return all(key in self._known for key in keys)
+
+    def _values(self, keys: Sequence[str]) -> list[Any]:
+        for _, seconds, counted in (self._known[key] for key in keys):
+            self.kept_seconds += seconds
+            self.counted.update(counted)
+        return [self._known[key][0] for key in keys]
+
+    def _keep(self, keys: Sequence[str], values: Sequence[Any], seconds: float, counted: Mapping[str, int]) -> None:
+        self.counted.update(counted)
+        row = {"keys": keys, "values": values, "seconds": seconds, "counted": counted,
+               "content": digest_of([keys, values])}  # fmt: skip
+        line = json.dumps(row, allow_nan=False)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _read(file: Path) -> Iterator[tuple[str, tuple[Any, float, dict[str, int]]]]:
+    """(key, (value, seconds, tokens)) of all kept answers; the tokens of a batch stand with its first one. A line torn
+    by a kill is cut off, a damaged one left out."""
+    if not file.exists():
+        return
+    whole, newline, torn = file.read_bytes().rpartition(b"\n")
+    if torn:
+        os.truncate(file, len(whole) + len(newline))
+    for line in whole.splitlines():
+        try:
+            row = json.loads(line)
+            intact = row["content"] == digest_of([row["keys"], row["values"]])
+            each = float(row["seconds"]) / len(row["keys"])
+            counted = [row["counted"], *({} for _ in row["keys"][1:])]
+        except (ValueError, KeyError, TypeError, ZeroDivisionError):
+            continue
+        if intact:
+            yield from ((key, (value, each, tokens))
+                        for key, value, tokens in zip(row["keys"], row["values"], counted, strict=True))  # fmt: skip
