@@ -135,8 +135,9 @@ def _timed(function: Any, spent: dict[str, float]) -> Any:
 
 def core(folder: Path) -> dict[str, Any]:
     """Scores, choice and thresholds alone, from items to decisions, without a file but the embeddings'."""
-    from sicog_exp.curation.curate import Item, Response, curate
+    from sicog_exp.curation.curate import curate
     from sicog_exp.curation.embeddings import stored_encoder
+    from sicog_exp.curation.items import Item, Response
     from sicog_exp.recipe import CurationConfig
 
     making = 0.0

@@ -25,7 +25,6 @@ from sicog_exp.records import (
     RecordsById,
     conversation,
     read_jsonl,
-    read_records,
     user,
     write_jsonl,
     write_records,
@@ -233,7 +232,7 @@ def check_truth(recipe: Recipe, data: Artifact) -> None:
         return
     truths = read_truth(data.path)
     asked = {group for group, kinds in GROUPS.items() if any(getattr(recipe.sampling, kind) for kind in kinds)}
-    items = {(group_of(record.kind), record.id in truths) for record in read_records(data / "unlabeled.parquet")}
+    items = {(group_of(record.kind), record.id in truths) for record in RecordFile(data / "unlabeled.parquet")}
     for group in sorted(asked & {group for group, _ in items}):
         if (group, True) not in items:
             kinds = " and ".join(f"sampling.{kind}=0" for kind in GROUPS[group])

@@ -255,7 +255,6 @@ def forest(rows: Sequence[ForestRow], label: str) -> str:
     pad = 0.06 * ((max(*ends, 0) - min(*ends, 0)) or 1)
     x = Scale(min(*ends, 0) - pad, max(*ends, 0) + pad, edge, WIDTH - edge)
     parts = _rows_axis(x, height, "difference, percentage points")
-    parts.append(_line(x(0), TOP - 8, x(0), height - BOTTOM, MUTED, 1.5))
     for number, row in enumerate(rows):
         parts += _forest_row(row, TOP + row_height * number, x, edge)
     return _svg(height, label, parts)
@@ -267,8 +266,9 @@ def _forest_row(row: ForestRow, top: float, x: Scale, edge: float) -> list[str]:
     value = f"{signed(mean)} [{signed(low)}, {signed(high)}]"
     words = _text(edge, top + 14, _shorten(row.label, 210), color=INK)
     number = _text(WIDTH - edge, top + 14, value, "end", INK, bold=low > 0 or high < 0)
+    zero = _line(x(0), top + 20, x(0), top + 38, MUTED, 1.5)  # beside the mark alone, where no words stand
     span = _line(x(low), top + 29, x(high), top + 29, color, 2.5)
-    return [words, number, span, _dot(x(mean), top + 29, color, hint=f"{row.label}: {value}")]
+    return [words, number, zero, span, _dot(x(mean), top + 29, color, hint=f"{row.label}: {value}")]
 
 
 def family_dots(rows: Sequence[DotRow], generations: Sequence[int], label: str) -> str:

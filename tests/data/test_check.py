@@ -209,12 +209,14 @@ def test_the_command_ends_with_1_where_too_many_rows_are_bad(
 
 
 def test_mistakes_at_the_command_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command, said in (("nowhere.jsonl", "nowhere.jsonl: no such file"), (".", "a folder with neither"),
+    for command, said in (("nowhere.jsonl", "nowhere.jsonl: no such file"),
+                          (f"{tmp_path}/empty", "a folder with neither"),
                           (f"{tmp_path}/x.jsonl --root /nowhere", "/nowhere: no such folder"),
                           (f"{tmp_path}/x.jsonl --model {tmp_path}", "cannot load its processor"),
                           (f"{tmp_path}/x.jsonl data.max_bad_share=3", "max_bad_share"),
                           (f"{tmp_path}/{{a,b}}.tar", "no such file")):  # fmt: skip
         (tmp_path / "x.jsonl").write_text("{}\n")
+        (tmp_path / "empty").mkdir(exist_ok=True)
         assert main(["data", "check", *command.split(), "--out", str(tmp_path / "p.html")]) == 2, command
         assert said in capsys.readouterr().err, command
 

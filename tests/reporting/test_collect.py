@@ -98,7 +98,7 @@ def fill_curated(workplace: Workplace, unanimous: int, config: CurationConfig, i
         )
     write_jsonl(workplace.directory / "pool.jsonl", pool)
     judge = upper_bound(config, truths) if config.is_upper_bound else None
-    curate_file(workplace.directory / "pool.jsonl", workplace.directory, config, judge)
+    curate_file(workplace.directory / "pool.jsonl", workplace.directory, config, upper_bound=judge)
 
 
 def lineage(store: Store, config: CurationConfig = RECIPE.curation, shares: Sequence[float] = (0.2, 0.5, 0.9),
