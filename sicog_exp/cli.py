@@ -38,6 +38,9 @@ def _runs(commands: Any) -> None:
     stages = "develop, generate, curate, pre-train, instruct, evaluate"
     _add(commands, "iterate", DEFAULT_RECIPE, f"run a recipe: {stages}",
          "Runs a recipe, or continues it where it was killed; a finished run is a no-op.")  # fmt: skip
+    _plan_arguments(_add(commands, "plan", DEFAULT_RECIPE, "estimate a recipe's tokens, FLOPs, memory, hours and disk",
+                         "Estimates what each step of a recipe will take, from the model's shape and the data's "
+                         "lengths; nothing is run, and all assumptions are printed."))  # fmt: skip
     base = _add(commands, "base", "experiments/base.yaml", "train the embedded base model again",
                 "Trains the embedded base from nothing and writes it to --publish.")  # fmt: skip
     base.add_argument("--publish", type=Path, help="folder for the finished model (default: none)")
@@ -51,6 +54,17 @@ def _runs(commands: Any) -> None:
     _add(commands, "sweep", DEFAULT_STUDY, "search a recipe's keys with Optuna",
          "Searches the keys that a study declares, on the development split; scores the winner on the benchmark. "
          "Run it again to continue, or elsewhere at the same time to help.", "study", "trials=20")  # fmt: skip
+
+
+def _plan_arguments(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--device", metavar="NAME", help="a100, h100, h200, b200, l40s, mi300x or cpu (default: cpu for "
+                      "a recipe with model.device=cpu, else h100)")  # fmt: skip
+    plan.add_argument("--devices", type=_at_least_one, default=1, help="how many of them (default: %(default)s)")
+    plan.add_argument("--utilisation", type=_part, metavar="SHARE", help="share of the device's peak that training "
+                      "uses (default: 0.4, of a cpu's measured rate 1)")  # fmt: skip
+    plan.add_argument("--sampling-utilisation", type=_part, metavar="SHARE", help="the same where token after token "
+                      "is drawn (default: 0.03, of a cpu's measured rate 0.45)")  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="print JSON; memory and disk are bytes")
 
 
 def _add(commands: Any, name: str, default: str, summary: str, description: str, file: str = "recipe",
@@ -178,6 +192,16 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
+def _part(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a share above 0 and at most 1, such as 0.4")
+    return share
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 65_536:
         raise argparse.ArgumentTypeError(f"{text!r}: a port is a whole number from 1 to 65535")
@@ -196,8 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands = {"iterate": _iterate, "base": _base, "curate": _curate, "curation": _sweep_curation,
                     "data": _check_data, "ablate": _ablate, "sweep": _sweep, "compare": _compare, "export": _export,
-                    "report": _report, "benchmarks": _run_benchmarks, "keys": _keys, "doctor": _doctor,
-                    "ui": _ui}  # fmt: skip
+                    "report": _report, "plan": _plan, "benchmarks": _run_benchmarks, "keys": _keys,
+                    "doctor": _doctor, "ui": _ui}  # fmt: skip
         return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -254,6 +278,24 @@ def _iterate(args: argparse.Namespace) -> int:
     from sicog_exp.experiment import run_experiment
 
     run_experiment(recipe, console())
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from sicog_exp.planning.devices import check_device
+    from sicog_exp.recipe import load
+
+    recipe = load(*_overrides(args))
+    device = check_device(args.device or ("cpu" if recipe.model.device == "cpu" else "h100"))
+    quiet_libraries()
+    from sicog_exp.planning.plan import make_plan, pricing
+    from sicog_exp.planning.show import show, to_json
+
+    plan = make_plan(recipe, pricing(device, args.devices, args.utilisation, args.sampling_utilisation))
+    if args.json:
+        print(to_json(plan))
+    else:
+        show(plan, console())
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from rich.table import Table
 
 from sicog_exp import cleandata, loop
 from sicog_exp.ahead import check_ahead, left_out
+from sicog_exp.planning.plan import expected_work
 from sicog_exp.progress import Display
-from sicog_exp.recipe import Recipe, RecipeError, StageConfig
+from sicog_exp.recipe import PlanConfig, Recipe, RecipeError
 from sicog_exp.runner import Runner
-from sicog_exp.stopping import decides_by_scores
 from sicog_exp.store import Artifact, Step, Store, Workplace
 from sicog_exp.tracking import Tracker, mark_no_op, table_link
 
@@ -26,8 +26,6 @@ SUMMARY, REPORT = "summary.json", "report.html"
 MEAN_ACCURACY = "accuracy/mean"
 REVISION = 2
 REPRODUCE = "sicog iterate recipe.yaml   # the resolved recipe, logged with the run"
-# Seconds of work relative to one training sample, measured on the embedded default; for the estimate alone.
-CANDIDATE_WORK, QUESTION_WORK = 0.4, 0.6
 WEIGHTS_IN_TRAINING = 4
 """Copies of the weights that full training holds: weights, gradients, two AdamW moments."""
 
@@ -71,7 +69,8 @@ def whole(store: Store, step: Step, name: str, console: Console) -> Artifact | N
 
 def experiment_step(recipe: Recipe, store: Store, console: Console, part: Part | None = None) -> Step:
     """The whole run as one step: it is finished when its report is."""
-    identity = {"recipe": recipe, "data": loop.data_step(recipe).identity, "base": loop.base_step(recipe).identity}
+    steps_of = replace(recipe, plan=PlanConfig())  # which no step reads
+    identity = {"recipe": steps_of, "data": loop.data_step(recipe).identity, "base": loop.base_step(recipe).identity}
 
     def run(config: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
         _run(recipe, store, workplace, console, part)
@@ -96,16 +95,19 @@ def _run(recipe: Recipe, store: Store, workplace: Workplace, console: Console, p
 def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: Workplace, wall: float) -> None:
     """Compare the generations, log and register them under the same names, report."""
     from sicog_exp.evaluation import compare
-    from sicog_exp.reporting import collect, report
+    from sicog_exp.reporting import collect, costs, report
 
     tracker, resamples = runner.tracker, recipe.evaluation.bootstrap
     scored = [generation.scores.path for generation in lineage.generations]
     tables = [compare.score_table(path, resamples) for path in scored]
+    means = {g.index: headline(compare.metrics(table))[MEAN_ACCURACY]
+             for g, table in zip(lineage.generations, tables, strict=True)}  # fmt: skip
+    spent = costs.metrics(collect.cost_rows(runner.done), means)
     for generation, table in zip(lineage.generations, tables, strict=True):
         curated = lineage.curated[generation.index - 1] if generation.index and lineage.curated else None
         known = collect.curation_metrics(curated, lineage.data, resamples) if curated else {}
         scores = compare.metrics(table)
-        tracker.log_generation(generation.index, headline(scores) | scores | known)
+        tracker.log_generation(generation.index, headline(scores) | scores | known | spent.get(generation.index, {}))
         tracker.log_origin(generation.index, origin(lineage, runner, generation.index))
         tracker.register(generation.index, generation.model)
         tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
@@ -194,7 +196,9 @@ def log_datasets(recipe: Recipe, lineage: loop.Lineage, tracker: Tracker) -> Non
 
 def orchestration_share(runner: Runner, wall: float) -> float:
     """Share of the wall time in which no model computed: storing, tracking, curating, rendering, importing."""
-    computed = sum(artifact.facts.get("model_seconds", 0.0) for _, artifact in runner.done if not artifact.cached)
+    made = [artifact.facts for _, artifact in runner.done if not artifact.cached]
+    computed = sum(facts.get("model_seconds", 0.0) for facts in made)
+    wall += sum(facts.get("earlier_seconds", 0.0) for facts in made)  # of killed runs that this one continued
     return max(0.0, 1 - computed / wall) if wall > 0 else 0.0
 
 
@@ -203,49 +207,6 @@ def intact(store: Store, finished: Artifact) -> bool:
     names = json.loads((finished / SUMMARY).read_text())["artifacts"]
     whole = [store.check(name) for name in names]  # every one is looked at
     return all(whole)
-
-
-def expected_work(recipe: Recipe) -> dict[str, float]:
-    """Expected work of each step, in training samples."""
-    data, sampling = recipe.data, recipe.sampling
-
-    def stage(config: StageConfig) -> float:
-        return float(config.steps * config.batch_size)
-
-    captions = data.unlabeled_images * (sampling.cod + sampling.dd)
-    answers = data.unlabeled_images * data.questions_per_image * (sampling.cot + sampling.direct)
-    evaluation = 2 * data.benchmark_images * data.questions_per_image * QUESTION_WORK
-    work = {"G0 data": 0.0, "G0 base": 0.0, "G0 instruct": stage(recipe.instruct), "G0 evaluate": evaluation}
-    for g in range(1, recipe.iterations + 1):
-        steps = {"align": stage(recipe.align), "pretrain": stage(recipe.pretrain),
-                 "instruct": stage(loop.closing(recipe)), "evaluate": evaluation}  # fmt: skip
-        if recipe.self_data:
-            names = ("develop",) if recipe.generators == "mixed" else ("develop-perception", "develop-reasoning")
-            steps |= {name: stage(recipe.develop) for name in names}
-            steps |= {"generate-caption": captions * CANDIDATE_WORK, "generate-reasoning": answers * CANDIDATE_WORK}
-            steps |= preference_work(recipe, stage(recipe.preference), captions, answers)
-        work |= {f"G{g} {name}": amount for name, amount in steps.items()}
-    return work | _development_work(recipe)
-
-
-def _development_work(recipe: Recipe) -> dict[str, float]:
-    """What the stop rule adds."""
-    data = recipe.data
-    work = 2 * data.development_images * data.questions_per_image * QUESTION_WORK
-    extra = recipe.evaluation.split == "benchmark"
-    return {f"G{g} evaluate-development": work for g in range(recipe.iterations)
-            if extra and decides_by_scores(recipe, g)}  # fmt: skip
-
-
-def preference_work(recipe: Recipe, pairs: float, captions: float, answers: float) -> dict[str, float]:
-    """Of an iteration's preference steps: a pair is two samples, its candidates are a share of the pool's."""
-    if not pairs:
-        return {}
-    names = ("preference",) if recipe.generators == "mixed" else ("preference-perception", "preference-reasoning")
-    pool = recipe.data.unlabeled_images or 1
-    share = CANDIDATE_WORK * min(recipe.preference.images or pool, pool) / pool
-    return {**dict.fromkeys(names, 2 * pairs), "preference-generate-caption": captions * share,
-            "preference-generate-reasoning": answers * share}  # fmt: skip
 
 
 def check_memory(recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ from sicog_exp.store import Artifact, Step, Workplace, file_checksum
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """What makes up a model: weights, configuration, tokenizer and processor; a card can be edited freely."""
+ALIGN_SHARES = {"annotated": 0.5, "instruction": 0.5}
 DATA_REVISION = 2
 EVALUATION_REVISION = 1
 
@@ -105,8 +106,7 @@ def develop(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> 
 
 def align(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> Artifact:
     """Fit the projector to captions (paper.md, stage 1)."""
-    shares = {"annotated": 0.5, "instruction": 0.5}
-    return fine_tune(runner, recipe, "align", recipe.align, model, data, shares, GROUPS["caption"])
+    return fine_tune(runner, recipe, "align", recipe.align, model, data, ALIGN_SHARES, GROUPS["caption"])
 
 
 def pretrain(runner: Runner, recipe: Recipe, self_data: SelfDataModule) -> Artifact:
@@ -218,14 +218,17 @@ def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workpla
     from sicog_exp.evaluation.answers import KeptAnswers
     from sicog_exp.evaluation.suites import load_suite
     from sicog_exp.generation.transformers_engine import TransformersEngine
+    from sicog_exp.models.loading import work_of
 
     engine = TransformersEngine.from_recipe(inputs["model"].path, task.model)
     suite = load_suite(task.evaluation.suite)
     kept = KeptAnswers(engine, workplace.scratch, inputs["model"].content)
     scores = benchmarks.evaluate(kept, suite, inputs["data"].path, task.evaluation, workplace.directory,
                                  task.evaluation.split)  # fmt: skip
+    workplace.device = task.model.device_name
     workplace.add(samples=sum(score.n for score in scores.tasks.values()),
-                  model_seconds=engine.busy_seconds + kept.kept_seconds)  # fmt: skip
+                  model_seconds=engine.busy_seconds + kept.kept_seconds,
+                  **work_of(engine.model).of_sampling(kept.counted))  # fmt: skip
 
 
 # What goes in.

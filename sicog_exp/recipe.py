@@ -138,6 +138,15 @@ class ModelConfig:
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    @property
+    def device_name(self) -> str:
+        """What computes, in words for people."""
+        import torch
+
+        if self.torch_device == "cpu":
+            return f"{self.threads} CPU threads"
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -190,6 +199,21 @@ class StageConfig:
         _require(min(rates) >= 0, f"learning rates {rates}: must be 0 (frozen) or more")
         _require(self.steps == 0 or max(rates) > 0, "all three learning rates are 0: nothing would train")
         self._check_adapters()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Parts whose weights train in full."""
+        return tuple(part for part in self._learning if part not in self.adapted)
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Parts whose adapters train."""
+        return self.lora_parts if self.lora_rank else ()
+
+    @property
+    def _learning(self) -> tuple[str, ...]:
+        rates = {"vision": self.vision_lr, "projector": self.projector_lr, "language": self.language_lr}
+        return tuple(part for part, rate in rates.items() if rate > 0)
 
     def _check_adapters(self) -> None:
         _require(self.lora_rank >= 0, f"lora_rank={self.lora_rank}: must be 0 (no adapters) or more")
@@ -483,6 +507,38 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What `sicog plan` takes for given where it cannot look, or instead of what it measures. No step reads it.
+
+    Tokens are means over the rows of a kind; without a value they are measured on the data, where these are at hand.
+    """
+
+    shape: str | None = None
+    """Shape of a base model that is not at hand: llava-qwen2-7b, llava-llama3-8b, or a folder with a config.json."""
+    unlabeled_questions: int | None = None
+    """Questions about unlabeled images; without data at hand, `data.questions_per_image` an image."""
+    benchmark_questions: int | None = None
+    """Questions of each benchmark task whose number is not known."""
+    question_tokens: int | None = None
+    """A prompt's text, the chat template's marks included."""
+    cod_tokens: int | None = None
+    """A caption in five steps."""
+    dd_tokens: int | None = None
+    """A detailed caption."""
+    cot_tokens: int | None = None
+    """A chain of thought."""
+    direct_tokens: int | None = None
+    """A short answer."""
+    instruction_tokens: int | None = None
+    """The responses of a row of the instruction set."""
+    text_tokens: int | None = None
+    """The response of a text-only row."""
+
+    def __post_init__(self) -> None:
+        _positive(self, *(f.name for f in dataclasses.fields(self) if f.name != "shape"))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One SIcog experiment."""
 
@@ -519,6 +575,7 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         _require(self.iterations >= 0, f"iterations={self.iterations}: must be 0 or more")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sicog_exp.curation.diagnosis import read_truth
-from sicog_exp.curation.embeddings import embed_texts, encoder_state, stored_encoder
+from sicog_exp.curation.embeddings import embed_texts, encoder_state, encoder_work, stored_encoder
 from sicog_exp.curation.files import curate_file
 from sicog_exp.curation.filters import parse
 from sicog_exp.curation.items import ROW_KINDS, Group, group_of
@@ -84,9 +84,9 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)
     facts = generate_pool(engine, requests, decoding, workplace.scratch, workplace.directory / "candidates.jsonl",
                           workplace.progress)  # fmt: skip
-    tokens = facts["prompt_tokens"] + facts["new_tokens"]
-    workplace.add(samples=facts["candidates"], tokens=tokens, model_seconds=facts["seconds"],
-                  flops=work_of(engine.model).flops(tokens, 0, training=False))  # fmt: skip
+    workplace.device = task.model.device_name
+    workplace.add(samples=facts["candidates"], model_seconds=facts["seconds"],
+                  **work_of(engine.model).of_sampling(facts))  # fmt: skip
 
 
 def sample_pools(task: PoolTask, generators: Mapping[Group, Artifact], inputs: Mapping[str, Artifact],
@@ -170,6 +170,7 @@ def embed(task: EmbeddingTask, inputs: Mapping[str, Artifact], workplace: Workpl
     texts = embed_texts(lambda: compared_texts(inputs["pool"].path), task.encoder, workplace.directory,
                         workplace.scratch, workplace.progress)  # fmt: skip
     workplace.add(samples=texts, model_seconds=time.perf_counter() - started)
+    workplace.add(**encoder_work(compared_texts(inputs["pool"].path), task.encoder))
 
 
 def embeddings(config: CurationConfig, pools: Sequence[Artifact], run: Callable[[Step], Artifact],

@@ -17,9 +17,10 @@ import os
 import platform
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +29,8 @@ from typing import Any
 MANIFEST = "manifest.json"
 SCRATCH = "scratch"
 """Sub-directory of a partial artifact for checkpoints and shards; removed when the step is done."""
+CLOCK = "seconds"
+"""File of scratch with the seconds that the step has taken, over all attempts."""
 FULL_BELOW = 1_000_000
 """Free bytes under which a failed write is blamed on the disk."""
 RECORDED_LIBRARIES = ("sicog-exp", "torch", "transformers", "lightning", "lmms-eval", "datasets", "numpy")
@@ -96,8 +99,18 @@ class Artifact:
 
     @property
     def facts(self) -> Mapping[str, float]:
-        """What the step measured while it ran: seconds, model_seconds, samples, tokens, flops, peak_mb."""
+        """What the step measured while it ran.
+
+        `seconds` and `earlier_seconds` (those of attempts that were killed), `peak_mb` and `peak_gpu_mb` of every step;
+        of one that a model computes `samples`, `tokens` (`prompt_tokens`, of which `image_tokens`, and `new_tokens`:
+        sampled ones or those that training predicts), `flops` and `model_seconds`, all of the work that was kept.
+        """
         return self.manifest["facts"]
+
+    @property
+    def device(self) -> str:
+        """What computed the step."""
+        return self.manifest.get("device", "")
 
     @property
     def content(self) -> str:
@@ -121,6 +134,8 @@ class Workplace:
     """Called with (done, total) as the step advances."""
     tracked_run: str = ""
     """The tracking run that watches this step, empty without one."""
+    device: str = "CPU"
+    """What computes; a step that runs a model says so in more detail."""
 
     def add(self, **numbers: float) -> None:
         for name, number in numbers.items():
@@ -211,13 +226,16 @@ class Store:
         partial = _sibling(self.path_of(step), ".partial")
         scratch = partial / SCRATCH
         scratch.mkdir(parents=True, exist_ok=True)
-        workplace = Workplace(partial, scratch, progress=progress, tracked_run=tracked_run)
-        started = time.time()
+        clock = _Clock(scratch / CLOCK, progress)
+        workplace = Workplace(partial, scratch, progress=clock.advance, tracked_run=tracked_run)
+        _reset_peaks()
         try:
-            step.run(step.config, step.inputs, workplace)
-            measured = {"seconds": time.time() - started, "peak_mb": _peak_mb()}
+            with clock:
+                step.run(step.config, step.inputs, workplace)
+            facts = {**workplace.facts, **clock.facts(), **_peaks()}
             manifest = {**step.identity, "fingerprint": step.fingerprint, "outputs": checksums(partial),
-                        "facts": {**workplace.facts, **measured}, "made_by": tracked_run, **_environment()}  # fmt: skip
+                        "facts": facts, "device": workplace.device, "made_by": tracked_run,
+                        **_environment()}  # fmt: skip
             self._publish(partial, self.path_of(step), manifest)
         except Exception as error:
             if _disk_full(error, partial):
@@ -291,9 +309,59 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _peak_mb() -> float:
-    """The process's largest resident memory so far, in MB (Linux counts it in KB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+class _Clock:
+    """A step's seconds over all its attempts, kept in scratch as it advances: a killed attempt cannot say its own."""
+
+    def __init__(self, file: Path, progress: Progress | None) -> None:
+        self._file, self._progress = file, progress
+        self._earlier = float(file.read_text()) if file.exists() else 0.0
+        self._started = time.time()
+
+    def __enter__(self) -> None:
+        self._started = time.time()
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # a full disk has been said already
+            self._keep()
+
+    def advance(self, done: int, total: int) -> None:
+        self._keep()
+        if self._progress:
+            self._progress(done, total)
+
+    def facts(self) -> dict[str, float]:
+        return {"seconds": self._seconds, **({"earlier_seconds": self._earlier} if self._earlier else {})}
+
+    @property
+    def _seconds(self) -> float:
+        return self._earlier + time.time() - self._started
+
+    def _keep(self) -> None:
+        temporary = self._file.with_suffix(".part")
+        temporary.write_text(str(self._seconds))
+        temporary.replace(self._file)
+
+
+def _reset_peaks() -> None:
+    """Let the largest memory so far be that of now, where the kernel allows it; else it stays the process's."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5)
+    gpus = _gpus()
+    for i in range(gpus.device_count() if gpus else 0):
+        gpus.reset_peak_memory_stats(i)
+
+
+def _peaks() -> dict[str, float]:
+    """The largest resident memory since `_reset_peaks` (Linux counts it in KB), and that of the fullest GPU, in MB."""
+    peaks, gpus = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}, _gpus()
+    on_gpu = max((gpus.max_memory_allocated(i) for i in range(gpus.device_count())), default=0) if gpus else 0
+    return {**peaks, **({"peak_gpu_mb": on_gpu / 1e6} if on_gpu else {})}
+
+
+def _gpus() -> Any:
+    """torch.cuda where this process uses it; torch is not imported for the question."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_initialized() else None
 
 
 def _environment() -> dict[str, Any]:

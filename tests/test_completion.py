@@ -56,6 +56,8 @@ OFFERS = [
     ("sicog ablate ", {"experiments/ablations/evidence.yaml", "reference=", "curation."}, {RECIPE}),
     ("sicog ablate experiments/ablations/evidence.yaml curation.sel", {"curation.select="}, set()),
     ("sicog ablate --se", {"--seeds"}, set()),
+    ("sicog plan --dev", {"--device", "--devices"}, {"--json"}),
+    ("sicog plan experiments/plans/paper_lowres.yaml plan.sh", {"plan.shape="}, {"plan.cod_tokens="}),
 ]  # fmt: skip
 
 

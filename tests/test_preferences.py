@@ -12,7 +12,7 @@ from runs import outputs
 from test_selfdata import candidate, pool, unlabeled
 
 from sicog_exp import loop
-from sicog_exp.experiment import expected_work
+from sicog_exp.planning.plan import expected_work, make_plan, pricing
 from sicog_exp.preferences import (
     CorruptTask,
     ItemsTask,
@@ -175,6 +175,7 @@ class Steps:
         artifact = self.store.run(step, lambda done, total: self.stop(step.name, done))
         self.done.append((self.generation, artifact))
         self.made[f"G{self.generation} {step.name}"] = artifact
+        self.done.append((self.generation, artifact))
         return artifact
 
 
@@ -224,16 +225,23 @@ def test_the_tuned_generator_samples_the_pool(tuned: dict[str, Artifact]) -> Non
     assert {chosen.images for chosen, _ in pairs} <= drawn
 
 
-@pytest.mark.parametrize(("more", "count"), [((), 3), (("generators=two",), 4)])
-def test_the_estimate_knows_the_steps(more: tuple[str, ...], count: int, tiny_model: Path) -> None:
-    """Work is expected under the names that the steps have, and for a share of the pool's candidates."""
-    work = expected_work(recipe(tiny_model, *PREFERENCE, *more))
-    names = [name for name in work if name.startswith("G1 preference")]
-    assert len(names) == count
-    assert work["G1 preference-generate-caption"] == pytest.approx(0.6 * work["G1 generate-caption"])
-    tuning = {name.removeprefix("G1 ") for name in names if "generate" not in name}
-    assert tuning == ({"preference-perception", "preference-reasoning"} if more else {"preference"})
-    assert all(work[f"G1 {name}"] == 2 * 4 * 8 for name in tuning)
+def test_a_plan_knows_the_steps(tiny_model: Path, tuned: dict[str, Artifact]) -> None:
+    """Their names, in order, and what they take, for a share of the pool's candidates."""
+    steps = make_plan(recipe(tiny_model, *PREFERENCE), pricing("cpu")).steps
+    planned = {f"G{step.generation} {step.step}": step for step in steps}
+    assert list(planned) == list(tuned)
+    assert planned["G1 preference"].samples == tuned["G1 preference"].facts["samples"]
+    pool = planned["G1 generate-caption"]
+    assert planned["G1 preference-generate-caption"].tokens == pytest.approx(0.6 * pool.tokens)
+    for name in ("preference-generate-caption", "preference-generate-reasoning", "preference"):
+        facts, step = tuned[f"G1 {name}"].facts, planned[f"G1 {name}"]
+        assert facts["prompt_tokens"] + facts["new_tokens"] == facts["tokens"] == pytest.approx(step.tokens, rel=0.25)
+        assert facts["flops"] == pytest.approx(step.flops, rel=0.25)
+    more = ("generators=two", "preference.rejected=corrupted", "start=parts", "align.steps=2")
+    names = set(expected_work(recipe(tiny_model, *PREFERENCE, *more))) - set(planned)
+    assert names == {"G0 parts"} | {f"G1 {name}" for name in (
+        "align", "develop-perception", "develop-reasoning", "preference-corrupt", "preference-reject-caption",
+        "preference-reject-reasoning", "preference-perception", "preference-reasoning")}  # fmt: skip
 
 
 def test_a_stopped_preference_iteration_ends_with_the_same_artifacts(tiny_model: Path, store: Path, tmp_path: Path,

@@ -14,7 +14,8 @@ from rich.console import Console
 from sicog_exp.ahead import check_benchmarks
 from sicog_exp.curation.files import curate_file
 from sicog_exp.evaluation.benchmarks import SAMPLES, Sample
-from sicog_exp.experiment import expected_work, run_experiment
+from sicog_exp.experiment import run_experiment
+from sicog_exp.planning.plan import expected_work
 from sicog_exp.recipe import CurationConfig, Recipe, RecipeError, StopConfig, TrackingConfig, load
 from sicog_exp.records import write_jsonl
 from sicog_exp.stopping import decides_by_scores, reason_to_stop

@@ -223,6 +223,46 @@ def test_a_kill_while_publishing_leaves_no_trace_in_the_outputs(store: Store, wh
     assert not list(store.root.glob("*.damaged-*"))
 
 
+def test_the_seconds_of_killed_attempts_count(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SIGKILL leaves no word: what counts is what the step's progress has kept."""
+    now = [1000.0]
+    monkeypatch.setattr(store_module.time, "time", lambda: now[0])
+    shown: list[tuple[int, int]] = []
+
+    def run(config: Any, inputs: Any, workplace: Workplace) -> None:
+        now[0] += 40
+        workplace.progress(1, 2)
+        if len(shown) < 3:
+            raise KeyboardInterrupt
+        now[0] += 2
+        workplace.add(samples=1)
+
+    step = Step("s", run, Config())
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            store.run(step, lambda *call: shown.append(call))
+        now[0] += 10_000
+    made = store.run(step, lambda *call: shown.append(call))
+    assert shown == [(1, 2)] * 3
+    assert made.facts["earlier_seconds"] == 80
+    assert made.facts["seconds"] == 122
+    assert "earlier_seconds" not in store.run(Step("t", Writer(), Config())).facts
+
+
+def test_a_step_says_what_computed_it_and_its_own_peak(store: Store) -> None:
+    def large(config: Any, inputs: Any, workplace: Workplace) -> None:
+        workplace.device = "2 CPU threads"
+        bytearray(300_000_000)
+
+    before = store.run(Step("small", Writer(), Config())).facts["peak_mb"]
+    made = store.run(Step("large", large, Config()))
+    assert made.device == "2 CPU threads"
+    assert made.facts["peak_mb"] > before + 250
+    after = store.run(Step("after", Writer(), Config()))
+    assert after.device == "CPU"
+    assert after.facts["peak_mb"] < made.facts["peak_mb"] - 250
+
+
 def test_an_error_in_the_step_leaves_no_artifact(store: Store) -> None:
     def run(config: Any, inputs: Any, workplace: Workplace) -> None:
         (workplace.directory / "out.txt").write_text("half")

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sicog_exp.curation.similarity import EmbeddingEncoder, Encoder, batched, build_encoder, embedder, encoder_source
+from sicog_exp.models.shapes import encoder_parameters
 from sicog_exp.store import Progress, checksums, digest_of
 
 TEXTS, VECTORS, DONE = "texts.bin", "vectors.npy", "done"
@@ -61,6 +62,20 @@ def _distinct(texts: Iterable[str], rows: dict[bytes, int]) -> Iterator[str]:
         if rows[_digest(text)] == row:
             row += 1
             yield text
+
+
+def encoder_work(texts: Iterable[str], name: str) -> dict[str, float]:
+    """Tokens and FLOPs of embedding the distinct `texts`; nothing where the encoder's shape cannot be read."""
+    from transformers import AutoTokenizer
+
+    source = encoder_source(name)
+    parameters = encoder_parameters(source)
+    if not parameters:
+        return {}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    lengths = (len(tokenizer.encode(text, truncation=True)) for text in dict.fromkeys(texts))
+    tokens = sum(lengths)
+    return {"tokens": tokens, "prompt_tokens": tokens, "flops": 2.0 * parameters * tokens}
 
 
 def stored_encoder(name: str, folders: Sequence[Path]) -> Encoder:

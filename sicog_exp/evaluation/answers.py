@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ class KeptAnswers:
     """An engine behind a file of its answers, one line per finished batch.
 
     `weights` is a fingerprint of the model's files. `kept_seconds` is what the answers took that were found in
-    `scratch` instead of computed. `scratch` also keeps the pictures that tasks hand over, which take long to encode.
+    `scratch` instead of computed; `counted` are the tokens of all answers, found or computed (`Sampled.counted`).
+    `scratch` also keeps the pictures that tasks hand over, which take long to encode.
     """
 
     def __init__(self, engine: PoolEngine, scratch: Path, weights: str) -> None:
         self.engine = engine
         self.scratch = scratch
         self.kept_seconds = 0.0
+        self.counted: Counter[str] = Counter()
         self._weights = weights
         self._file = scratch / ANSWERS
         self._digests: dict[Path, str] = {}
@@ -55,7 +58,8 @@ class KeptAnswers:
                 continue
             done = next(computed)
             found = {candidate.key: candidate_row(candidate) for candidate in done.candidates}
-            self._keep(keys, [[found[key] for key in keys_of(request)] for request in batch], done.seconds)
+            self._keep(keys, [[found[key] for key in keys_of(request)] for request in batch], done.seconds,
+                       done.counted)  # fmt: skip
             yield done.candidates
 
     def log_likelihood(
@@ -67,13 +71,18 @@ class KeptAnswers:
             part = slice(start, start + LIKELIHOOD_CHUNK)
             keys = [self._key(request, text) for request, text in zip(requests[part], continuations[part], strict=True)]
             if not self._has(keys):
-                started = time.perf_counter()
+                started, before = time.perf_counter(), self._engine_counted
                 scored = self.engine.log_likelihood(requests[part], continuations[part])
-                self._keep(keys, scored, time.perf_counter() - started)
+                self._keep(keys, scored, time.perf_counter() - started, self._engine_counted - before)
                 results += scored
             else:
                 results += [(logprob, tokens, greedy) for logprob, tokens, greedy in self._values(keys)]
         return results
+
+    @property
+    def _engine_counted(self) -> Counter[str]:
+        """What the engine says that it computed, if it counts at all."""
+        return Counter(getattr(self.engine, "counted", {}))
 
     def _key(self, request: Request, how: Any) -> str:
         """What is asked of whom: the request with its pictures' content, the decoding or the continuation."""
@@ -91,11 +100,15 @@ class KeptAnswers:
         return all(key in self._known for key in keys)
 
     def _values(self, keys: Sequence[str]) -> list[Any]:
-        self.kept_seconds += sum(self._known[key][1] for key in keys)
+        for _, seconds, counted in (self._known[key] for key in keys):
+            self.kept_seconds += seconds
+            self.counted.update(counted)
         return [self._known[key][0] for key in keys]
 
-    def _keep(self, keys: Sequence[str], values: Sequence[Any], seconds: float) -> None:
-        row = {"keys": keys, "values": values, "seconds": seconds, "content": digest_of([keys, values])}
+    def _keep(self, keys: Sequence[str], values: Sequence[Any], seconds: float, counted: Mapping[str, int]) -> None:
+        self.counted.update(counted)
+        row = {"keys": keys, "values": values, "seconds": seconds, "counted": counted,
+               "content": digest_of([keys, values])}  # fmt: skip
         line = json.dumps(row, allow_nan=False)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -103,8 +116,9 @@ class KeptAnswers:
             os.fsync(file.fileno())
 
 
-def _read(file: Path) -> Iterator[tuple[str, tuple[Any, float]]]:
-    """(key, (value, seconds)) of all kept answers. A line torn by a kill is cut off, a damaged one left out."""
+def _read(file: Path) -> Iterator[tuple[str, tuple[Any, float, dict[str, int]]]]:
+    """(key, (value, seconds, tokens)) of all kept answers; the tokens of a batch stand with its first one. A line torn
+    by a kill is cut off, a damaged one left out."""
     if not file.exists():
         return
     whole, newline, torn = file.read_bytes().rpartition(b"\n")
@@ -115,7 +129,9 @@ def _read(file: Path) -> Iterator[tuple[str, tuple[Any, float]]]:
             row = json.loads(line)
             intact = row["content"] == digest_of([row["keys"], row["values"]])
             each = float(row["seconds"]) / len(row["keys"])
+            counted = [row["counted"], *({} for _ in row["keys"][1:])]
         except (ValueError, KeyError, TypeError, ZeroDivisionError):
             continue
         if intact:
-            yield from ((key, (value, each)) for key, value in zip(row["keys"], row["values"], strict=True))
+            yield from ((key, (value, each, tokens))
+                        for key, value, tokens in zip(row["keys"], row["values"], counted, strict=True))  # fmt: skip

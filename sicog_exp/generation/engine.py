@@ -43,11 +43,24 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A finished batch: its candidates, the prompt tokens computed for it, the seconds its caller waited for it."""
+    """A finished batch: its candidates, the prompt tokens computed for it, the seconds its caller waited for it.
+
+    A prompt counts once, however many candidates continue it. `image_tokens` are those of its tokens that show images,
+    `encoded_tokens` those that the vision tower made: an image that several prompts show is encoded once.
+    """
 
     candidates: list[Candidate]
     prompt_tokens: int
     seconds: float
+    image_tokens: int = 0
+    encoded_tokens: int = 0
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """All its tokens by name."""
+        new = sum(candidate.tokens for candidate in self.candidates)
+        return {"prompt_tokens": self.prompt_tokens, "image_tokens": self.image_tokens,
+                "encoded_tokens": self.encoded_tokens, "new_tokens": new}  # fmt: skip
 
 
 def candidate_seed(seed: int, sample_id: str, kind: str, index: int) -> int:

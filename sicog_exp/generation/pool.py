@@ -21,6 +21,8 @@ from sicog_exp.records import Candidate, RecordError, candidate_from, candidate_
 
 Progress = Callable[[int, int], None]
 """Called with (candidates present, candidates requested) after each batch, sampled or found."""
+COSTS = ("prompt_tokens", "seconds", "image_tokens", "encoded_tokens")
+"""What a batch cost, as its shard keeps it."""
 
 
 class PoolError(RuntimeError):
@@ -44,7 +46,7 @@ def generate_pool(engine: PoolEngine, requests: Sequence[Request], decoding: Dec
     """Sample `requests` into the file `out` (`candidates.jsonl`), by way of shards in `scratch`.
 
     `scratch` belongs to one model, set of requests and decoding: shards that answer other requests are drawn again,
-    but another model's cannot be told. Returns samples, candidates, new_tokens, prompt_tokens and seconds.
+    but another model's cannot be told. Returns samples, candidates, seconds, and the tokens of all kinds.
     """
     check_requests(requests)
     if not requests:
@@ -103,7 +105,7 @@ def _write_shard(path: Path, batch: Sequence[Request], decoding: Decoding, sampl
     """A finished batch as a file: what was asked (as a digest), what it cost, what came out."""
     _check_complete([key for r in batch for key in keys_of(r)], Counter(c.key for c in sampled.candidates))
     lines = [_line(candidate_row(candidate)) for candidate in sampled.candidates]
-    header = {"asked": _digest(batch, decoding), "prompt_tokens": sampled.prompt_tokens, "seconds": sampled.seconds}
+    header = {"asked": _digest(batch, decoding), **{name: getattr(sampled, name) for name in COSTS}}
     _write_atomic(path, [_line({**header, "content": _checksum(lines)}), *lines])
     return sampled
 
@@ -118,7 +120,7 @@ def _read_shard(path: Path, asked: str) -> Sampled | None:
         if header["asked"] != asked or header["content"] != _checksum(lines):
             return None
         candidates = [candidate_from(json.loads(line)) for line in lines]
-        return Sampled(candidates, header["prompt_tokens"], header["seconds"])
+        return Sampled(candidates, **{name: header[name] for name in COSTS})
     except (ValueError, KeyError, TypeError, RecordError):
         return None
 
@@ -160,6 +162,5 @@ def _facts(requests: Sequence[Request], shards: Sequence[Sampled]) -> dict[str, 
         "samples": len({request.sample_id for request in requests}),
         "candidates": len(candidates),
         "new_tokens": sum(candidate.tokens for candidate in candidates),
-        "prompt_tokens": sum(shard.prompt_tokens for shard in shards),
-        "seconds": sum(shard.seconds for shard in shards),
+        **{name: sum(getattr(shard, name) for shard in shards) for name in COSTS},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,7 +64,8 @@ class TransformersEngine:
 
     On a CPU, `threads` batches are computed side by side, a core each: 1.47 times one core's rate for chains
     at the embedded size, where both cores on each batch reach 0.88 (benchmarks/2026-11-24-cores.md). Candidates' bits
-    do not depend on `threads`. `busy_seconds` is the time for which callers waited.
+    do not depend on `threads`. `busy_seconds` is the time for which callers waited, `counted` what was computed for
+    them: prompt_tokens, image_tokens and encoded_tokens (see `Sampled`), new_tokens.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, device: str | torch.device = "cpu",
@@ -75,6 +76,7 @@ class TransformersEngine:
         self.tokenizer = self.encoder.tokenizer
         self.stops = torch.tensor(sorted(_stop_ids(model, self.tokenizer)), device=self.device)
         self.busy_seconds = 0.0
+        self.counted: Counter[str] = Counter()
         self._max_pixels = max_pixels
         self._threads = threads if self.device.type == "cpu" else 1
         self._lengths: dict[tuple[Message, ...], int] = {}
@@ -113,8 +115,19 @@ class TransformersEngine:
             candidates = self._candidates(prepared, drawn)
             seconds = time.perf_counter() - started
             self.busy_seconds += seconds
-            yield Sampled(candidates, sum(map(len, prepared.inputs.ids)), seconds)
+            prompt, image, encoded = self._prompt_tokens(prepared.inputs)
+            sampled = Sampled(candidates, prompt, seconds, image, encoded)
+            self.counted.update(sampled.counted)
+            yield sampled
             started = time.perf_counter()
+
+    def _prompt_tokens(self, inputs: _Inputs) -> tuple[int, int, int]:
+        """(all, images', encoded) tokens of a batch's prompts; see `Sampled`."""
+        marks = self.model.config.image_token_id
+        counts = [ids.count(marks) for ids in inputs.ids]
+        distinct = dict(zip(inputs.shown, filter(None, counts), strict=True))
+        encoded = sum(distinct.values()) if self._shares_features else sum(counts)
+        return sum(map(len, inputs.ids)), sum(counts), encoded
 
     def _in_order(self, ready: Iterator[_Prepared]) -> Iterator[tuple[_Prepared, Drawn]]:
         """Computes some batches at once while the next one is prepared."""
@@ -136,11 +149,13 @@ class TransformersEngine:
         targets = [self.tokenizer.encode(text, add_special_tokens=False) for text in continuations]
         lengths = [self._prompt_length(request) + len(t) for request, t in zip(requests, targets, strict=True)]
         order = sorted(range(len(requests)), key=lambda i: lengths[i])
+        started = time.perf_counter()
         results: dict[int, tuple[float, int, bool]] = {}
         for start in range(0, len(order), LIKELIHOOD_BATCH):
             part = order[start : start + LIKELIHOOD_BATCH]
             scored = self._score([requests[i] for i in part], [targets[i] for i in part])
             results.update(zip(part, scored, strict=True))
+        self.busy_seconds += time.perf_counter() - started
         return [results[i] for i in range(len(requests))]
 
     def _prompt_length(self, request: Request) -> int:
@@ -182,6 +197,9 @@ class TransformersEngine:
 
     def _score(self, batch: Sequence[Request], targets: Sequence[list[int]]) -> list[tuple[float, int, bool]]:
         inputs = self._inputs(batch)
+        prompt, image, encoded = self._prompt_tokens(inputs)
+        self.counted.update(prompt_tokens=prompt, image_tokens=image, encoded_tokens=encoded,
+                            new_tokens=sum(map(len, targets)))  # fmt: skip
         inputs.ids = [ids + target for ids, target in zip(inputs.ids, targets, strict=True)]
         ids, mask = self._padded(inputs.ids)
         longest = max(map(len, targets))

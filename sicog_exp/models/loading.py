@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -149,22 +149,79 @@ def _check_parts(name: str, found: Mapping[str, Any], strays: list[str]) -> None
 
 @dataclass(frozen=True)
 class Work:
-    """Parameters that multiply each token, for FLOPs: 2 a parameter and token forward, 6 with the backward pass
-    (Kaplan et al. 2020, section 2.1); attention's quadratic term is left out."""
+    """Parameters that multiply each position, by part, and the FLOPs that follow: 2 a parameter and position forward, 2
+    for its gradient, 2 to carry gradients on (Kaplan et al. 2020, section 2.1). Attention's quadratic term is left out.
+    """
 
     vision: int
+    projector: int
     language: int
+    """Without the embedding table, which is looked up, and the head."""
+    head: int
+    """The output embedding; it sees predicted positions alone."""
+    positions: float = 1.0
+    """Positions of the vision tower behind one image token of the language model."""
 
-    def flops(self, tokens: int, image_tokens: int, training: bool) -> float:
-        """`tokens`: all positions of the language model; `image_tokens`: those that the vision tower made."""
-        return (6 if training else 2) * (self.language * float(tokens) + self.vision * float(image_tokens))
+    def training(self, tokens: float, image_tokens: float, new_tokens: float,
+                 trained: Collection[str] = tuple(PARTS), adapted: Collection[str] = (), again: bool = False
+                 ) -> float:  # fmt: skip
+        """FLOPs of training on `tokens` positions, `image_tokens` of them images', `new_tokens` of them predicted.
+
+        `trained` names the parts whose weights have gradients, `adapted` those whose adapters have (which are small and
+        left out); parts before all of them run forward alone. `again`: activations are computed a second time.
+        """
+        products = self._products(tokens, image_tokens, new_tokens)
+        return sum(passes * products[part] for part, passes in _passes(trained, adapted, again).items())
+
+    def sampling(self, prompt_tokens: float, encoded_tokens: float, new_tokens: float) -> float:
+        """FLOPs of sampling `new_tokens` behind prompts that are read once each; `encoded_tokens`: image tokens that
+        the vision tower made, fewer than the prompts show where several show one image."""
+        return 2 * sum(self._products(prompt_tokens + new_tokens, encoded_tokens, new_tokens).values())
+
+    def of_sampling(self, counted: Mapping[str, int]) -> dict[str, float]:
+        """What a step that samples reports, from what its engine counted."""
+        prompt, encoded, new = (counted[name] for name in ("prompt_tokens", "encoded_tokens", "new_tokens"))
+        return {"tokens": prompt + new, "prompt_tokens": prompt, "image_tokens": counted["image_tokens"],
+                "new_tokens": new, "flops": self.sampling(prompt, encoded, new)}  # fmt: skip
+
+    def _products(self, tokens: float, image_tokens: float, predicted: float) -> dict[str, float]:
+        """Part -> multiplications forward."""
+        return {"vision": self.vision * self.positions * image_tokens, "projector": self.projector * image_tokens,
+                "language": self.language * tokens + self.head * predicted}  # fmt: skip
+
+
+def _passes(trained: Collection[str], adapted: Collection[str], again: bool) -> dict[str, int]:
+    """Part -> FLOPs a multiplication. Gradients reach a part where it trains or one before it does."""
+    passes, reached = {}, False
+    for part in PARTS:
+        reached = reached or part in trained or part in adapted
+        passes[part] = 2 + 2 * reached + 2 * (part in trained) + 2 * (again and reached)
+    return passes
 
 
 def work_of(model: PreTrainedModel) -> Work:
+    """Of any model whose parts are known, also one on the meta device."""
     parameters = part_parameters(model)
     counts = {part: sum(p.numel() for p in group) for part, group in parameters.items()}
     embedding: Any = cast(Any, model).get_input_embeddings()
-    head: Any = cast(Any, model).get_output_embeddings()
-    table = embedding.weight.numel()
-    tied = head is None or head.weight is embedding.weight
-    return Work(counts["vision"] + counts["projector"], counts["language"] - (0 if tied else table))
+    output: Any = cast(Any, model).get_output_embeddings()
+    table, head = embedding.weight.numel(), output.weight.numel() if output is not None else 0
+    tied = output is None or output.weight is embedding.weight
+    language = counts["language"] - table - (0 if tied else head)
+    return Work(counts["vision"], counts["projector"], language, head, positions_per_image_token(model.config))
+
+
+def positions_per_image_token(config: Any) -> float:
+    """How many positions of the vision tower a projector joins to one token (1 for LLaVA's)."""
+    vision, per_image = getattr(config, "vision_config", None), image_tokens_of(config)
+    joined = getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None)
+    joined = joined or 1 / getattr(config, "downsample_ratio", 1)
+    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    if joined == 1 and per_image and isinstance(size, int) and isinstance(patch, int):
+        return (size // patch) ** 2 / per_image
+    return float(joined**2)
+
+
+def image_tokens_of(config: Any) -> int | None:
+    """Tokens of one image of the configured size; None where they depend on the image."""
+    return getattr(config, "image_seq_length", None) or getattr(config, "mm_tokens_per_image", None)

@@ -15,6 +15,7 @@ from typing import Protocol
 WIDTH = 380
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 16, 40
 FONT = 12.5
+PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 GENERATION_COLORS = ("#767b85", "#d98200", "#0072b2", "#009e73", "#cc79a7", "#d55e00")
 STAGE_COLORS = ("#88ccee", "#44aa99", "#117733", "#ddcc77", "#cc6677", "#882255", "#aa4499", "#332288", "#999933")
 INK, MUTED, GRID = "var(--ink,#1b1f24)", "var(--muted,#5b6470)", "var(--grid,#e3e6ea)"
@@ -536,6 +537,44 @@ def _cost_row(
         drawn.append(_bar(start, top, end - start, 24, stage_color(stages.index(stage)), f"{stage}: {seconds:,.1f} s"))
         place += seconds
     return [*drawn, _text(x(place / divisor) + 6, top + 17, duration(place), color=INK)]
+
+
+@dataclass(frozen=True)
+class ComputeLine:
+    """One answer format: (generation, FLOPs spent, those of training alone, score) of each generation."""
+
+    name: str
+    points: tuple[tuple[int, float, float, Mark], ...]
+
+
+def compute_curve(lines: Sequence[ComputeLine], label: str) -> str:
+    """Scores against FLOPs: circles count sampling and training, squares training alone; one line per format."""
+    height, right = 250, WIDTH - 96
+    marks = [mark for line in lines for *_, mark in line.points]
+    most = max(flops for line in lines for _, flops, *_ in line.points)
+    factor, prefix = next((pair for pair in PREFIXES if most >= pair[0]), (1.0, ""))
+    low, high = max(0.0, 100 * min(m.low for m in marks) - 4), min(100.0, 100 * max(m.high for m in marks) + 4)
+    x, y = Scale(0, 1.05 * most / factor, LEFT, right), Scale(low, high, height - BOTTOM, TOP + 8)
+    parts = _y_axis(y, "correct, %", right) + _x_numbers(x, height, f"{prefix}FLOP spent")
+    for line in lines:
+        parts += _spent(line, x, y, factor)
+    last = [(line.name, line.points[-1][3]) for line in lines]
+    heights = _spread([y(100 * mark.mean) + 4 for _, mark in last], 16, TOP, y.start)
+    return _svg(height, label, parts + [_text(right + 6, h, _shorten(f"{name} {100 * mark.mean:.1f}", 92), color=INK)
+                                        for (name, mark), h in zip(last, heights)])  # fmt: skip
+
+
+def _spent(line: ComputeLine, x: Scale, y: Scale, factor: float) -> list[str]:
+    """Both curves of a format, and between them what sampling took."""
+    found = [(g, x(flops / factor), x(trained / factor), mark) for g, flops, trained, mark in line.points]
+    parts = [_path([(px, y(100 * mark.mean)) for _, px, _, mark in found], MUTED, 1.5),
+             _path([(px, y(100 * mark.mean)) for _, _, px, mark in found], MUTED, 1.5, "5 4")]  # fmt: skip
+    for g, all_in, trained, mark in found:
+        height, color = y(100 * mark.mean), generation_color(g)
+        parts.append(_line(all_in, y(100 * mark.low), all_in, y(100 * mark.high), color, 2))
+        parts.append(_dot(trained, height, color, True, f"G{g} {line.name}, training alone: {_percent(mark)}", 3.5))
+        parts.append(_dot(all_in, height, color, hint=f"G{g} {line.name}: {_percent(mark)}"))
+    return parts
 
 
 def _stage_legend(stages: Sequence[str], left: float) -> tuple[list[str], float]:

@@ -26,12 +26,11 @@ from sicog_exp.evaluation.statistics import RESAMPLES
 from sicog_exp.prompts import KINDS, Kind, normalize_answer, question_of
 from sicog_exp.recipe import Recipe, to_yaml
 from sicog_exp.records import read_jsonl, read_records
+from sicog_exp.reporting.costs import Cost, CostRow
 from sicog_exp.reporting.curation_page import calibrated
 from sicog_exp.reporting.report import (
     Answer,
     BestScore,
-    Cost,
-    CostRow,
     Curation,
     CurationGroup,
     Delta,
@@ -94,7 +93,7 @@ def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact
         libraries=_libraries(lineage.generations[-1].scores),
         deltas=_deltas(lineage, resamples),
         curation=tuple(_curation(i, curated, lineage.data) for i, curated in enumerate(lineage.curated)),
-        cost=Cost(_cost_rows(done), orchestration_share, _device(recipe, lineage.generations[-1].scores)),
+        cost=Cost(cost_rows(done), orchestration_share, _device(recipe, lineage.generations[-1].scores)),
         gallery=_gallery(recipe, lineage) if lineage.curated else (),
         calibration=tuple(_calibrated(one.path, lineage.data.path, resamples) for one in lineage.curated),
         diversity=tuple(diversity.read_diversity(one.path, lineage.data.path) for one in lineage.curated),
@@ -242,7 +241,7 @@ def _summary(artifact: Artifact) -> dict[str, Any]:
 # Cost and origin.
 
 
-def _cost_rows(done: Sequence[tuple[int, Artifact]]) -> tuple[CostRow, ...]:
+def cost_rows(done: Sequence[tuple[int, Artifact]]) -> tuple[CostRow, ...]:
     """One row per artifact: a step that several generations share was paid once, by the first."""
     first: dict[str, tuple[int, Artifact]] = {}
     for generation, artifact in done:
@@ -252,9 +251,11 @@ def _cost_rows(done: Sequence[tuple[int, Artifact]]) -> tuple[CostRow, ...]:
 
 def _cost_row(generation: int, artifact: Artifact) -> CostRow:
     facts = artifact.facts
-    samples, tokens = (int(facts[name]) if name in facts else None for name in ("samples", "tokens"))
-    return CostRow(generation, artifact.name, facts["seconds"], samples, tokens, facts.get("flops"),
-                   facts.get("peak_mb"), artifact.cached)  # fmt: skip
+    counts = {name: int(facts[name]) if name in facts else None
+              for name in ("samples", "tokens", "prompt_tokens", "image_tokens", "new_tokens")}  # fmt: skip
+    return CostRow(generation, artifact.name, facts["seconds"], flops=facts.get("flops"), peak_mb=facts.get("peak_mb"),
+                   peak_gpu_mb=facts.get("peak_gpu_mb"), cached=artifact.cached, device=artifact.device,
+                   **counts)  # fmt: skip
 
 
 def _nodes(done: Sequence[tuple[int, Artifact]]) -> tuple[Node, ...]:
@@ -267,11 +268,8 @@ def _nodes(done: Sequence[tuple[int, Artifact]]) -> tuple[Node, ...]:
 
 
 def _device(recipe: Recipe, artifact: Artifact) -> str:
-    if recipe.model.torch_device != "cuda":
-        return f"{recipe.model.threads} CPU threads ({artifact.manifest['machine']})"
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"
+    machine = f" ({artifact.manifest['machine']})" if recipe.model.torch_device == "cpu" else ""
+    return f"{recipe.model.device_name}{machine}"
 
 
 def _libraries(artifact: Artifact) -> dict[str, str]:

@@ -20,6 +20,7 @@ from sicog_exp.curation.curate import Group
 from sicog_exp.curation.diversity import Diversity
 from sicog_exp.prompts import KINDS, final_text
 from sicog_exp.reporting import calibration_view, charts
+from sicog_exp.reporting.costs import Cost, CostRow, cumulative
 
 DATA = "report.json"
 """The file that keeps what a report was drawn from."""
@@ -125,29 +126,6 @@ class Curation:
     groups: tuple[CurationGroup, ...]
     set_aside: tuple[tuple[str, int], ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class CostRow:
-    """One step. `cached`: the figures are those of the earlier run that made it."""
-
-    generation: int
-    stage: str
-    seconds: float
-    samples: int | None = None
-    tokens: int | None = None
-    flops: float | None = None
-    peak_mb: float | None = None
-    cached: bool = False
-
-
-@dataclass(frozen=True)
-class Cost:
-    """`orchestration_share`: the share of wall time that was not model compute."""
-
-    rows: tuple[CostRow, ...]
-    orchestration_share: float | None = None
-    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -297,6 +275,7 @@ def _view(data: ReportData) -> dict[str, Any]:
         "calibration": [[calibration_view.view(group, f"{group.group}, G{i}") for group in found.values()]
                         for i, found in enumerate(data.calibration)],
         "cost": cost_view(data.cost),
+        "compute": [(task, safe(svg)) for task in _tasks(data) if (svg := _compute_curve(data, task))],
         "samples": [_sample(sample) for sample in samples],
         "left_out": len(data.gallery) - len(samples),
         "questions_left_out": len(data.questions) - len(questions),
@@ -403,7 +382,7 @@ def si(value: float | None) -> str:
     """1.2 M for 1,234,567; a dash for None."""
     if value is None:
         return "\N{EN DASH}"
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for factor, prefix in charts.PREFIXES:
         if abs(value) >= factor:
             return f"{value / factor:.1f} {prefix}"
     return f"{value:,.0f}"
@@ -510,7 +489,11 @@ def cost_view(cost: Cost | None) -> dict[str, Any] | None:
         _sum(cost, "samples"),
         _sum(cost, "tokens"),
         _sum(cost, "flops"),
-        max((r.peak_mb for r in cost.rows if r.peak_mb is not None), default=None),
+        _most(cost, "peak_mb"),
+        prompt_tokens=_sum(cost, "prompt_tokens"),
+        image_tokens=_sum(cost, "image_tokens"),
+        new_tokens=_sum(cost, "new_tokens"),
+        peak_gpu_mb=_most(cost, "peak_gpu_mb"),
     )
     return {
         "svg": safe(charts.cost_bars(bars, "Wall time per generation by stage")),
@@ -521,9 +504,31 @@ def cost_view(cost: Cost | None) -> dict[str, Any] | None:
     }
 
 
+def _compute_curve(data: ReportData, task: str) -> str:
+    """Accuracy against what each generation took to make; nothing where no FLOPs were counted."""
+    spent = {step.generation: step for step in cumulative(data.cost.rows)} if data.cost else {}
+    known = [generation for generation in data.generations if generation.index in spent]
+    if len(known) < 2 or not spent[known[-1].index].flops:
+        return ""
+    lines = []
+    for answer_format in [f for name, f in _keys(data) if name == task]:
+        points = [(g.index, spent[g.index].flops, spent[g.index].trained, mark) for g in known
+                  if (mark := mark_of(score_of(g, task, answer_format)))]  # fmt: skip
+        lines += [charts.ComputeLine(format_name(answer_format), tuple(points))] if points else []
+    return charts.compute_curve(lines, f"Score on {task} against compute") if lines else ""
+
+
 def _sum(cost: Cost, name: str) -> Any:
-    known = [value for row in cost.rows if (value := getattr(row, name)) is not None]
+    known = _known(cost, name)
     return sum(known) if known else None
+
+
+def _most(cost: Cost, name: str) -> float | None:
+    return max(_known(cost, name), default=None)
+
+
+def _known(cost: Cost, name: str) -> list[Any]:
+    return [value for row in cost.rows if (value := getattr(row, name)) is not None]
 
 
 # The gallery.

@@ -354,7 +354,7 @@ class Attempt:
         """Run the recipe and log its last generation's metrics on the trial, with step = rung."""
         from sicog_exp import loop
         from sicog_exp.evaluation import compare
-        from sicog_exp.experiment import expected_work
+        from sicog_exp.planning.plan import expected_work
         from sicog_exp.progress import Display
         from sicog_exp.runner import Runner
         from sicog_exp.store import Store

@@ -69,14 +69,20 @@ class Checkpoints(Callback):
         return max(folder.glob("step-*.ckpt"), default=None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = time.perf_counter()
+        self._mark = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._workplace.add(model_seconds=time.perf_counter() - self._started)
+        self._count_seconds()
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self._workplace.add(model_seconds=now - self._mark)
+        self._mark = now
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:  # fmt: skip
         self._workplace.add(**cast(Stage, pl_module).work(batch))
+        self._count_seconds()
         step = trainer.global_step
         if self._workplace.progress:
             self._workplace.progress(step, trainer.max_steps)
@@ -117,6 +123,7 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
 
     Raises RuntimeError when fewer steps were done than asked for: a stage never reports success untrained.
     """
+    workplace.device = model.device_name
     torch.manual_seed(seed)
     torch.set_num_threads(model.threads)
     if runs_side_by_side(module.config, model):

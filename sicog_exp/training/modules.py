@@ -68,7 +68,8 @@ class Stage(LightningModule):
         raise NotImplementedError
 
     def work(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-        """What one optimizer step trained on, summed over its micro-batches: samples, tokens, image tokens."""
+        """What one optimizer step trained on, summed over its micro-batches: samples, and for a language model its
+        tokens: all, those of prompts, those of images (which are prompts'), and the predicted ones (new)."""
         raise NotImplementedError
 
     def training_step(self, batch: Sequence[Mapping[str, Any]], batch_idx: int) -> None:
@@ -164,10 +165,14 @@ class SupervisedFineTuning(Stage):
 
     def work(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         image_id = self.model.config.image_token_id
+        tokens = sum(int((micro["segments"] >= 0).sum()) for micro in batch)
+        new = sum(Stage.terms(self, micro) for micro in batch)  # a stage of pairs has other terms
         return {
             "samples": sum(len(micro["sources"]) for micro in batch),
-            "tokens": sum(int((micro["segments"] >= 0).sum()) for micro in batch),
+            "tokens": tokens,
+            "prompt_tokens": tokens - new,
             "image_tokens": sum(int((micro["input_ids"] == image_id).sum()) for micro in batch),
+            "new_tokens": new,
         }
 
     def token_losses(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

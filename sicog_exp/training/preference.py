@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
-from sicog_exp.data.chat import ChatEncoder
+from sicog_exp.data.chat import IGNORED, ChatEncoder
 from sicog_exp.data.mixture import ImageTensors, Mixture
 from sicog_exp.data.pairs import PairSource, collate_pairs
 from sicog_exp.models.loading import ModelSource, load_model, save_model, work_of
@@ -29,7 +29,7 @@ from sicog_exp.records import Record, read_records
 from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, fit
 from sicog_exp.training.modules import Means, SupervisedFineTuning
-from sicog_exp.training.stages import in_4bit, merged, step_logger
+from sicog_exp.training.stages import in_4bit, merged, step_logger, trained_flops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -210,17 +210,18 @@ def prefer(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Work
     fit(module, StageData(batches), task.model, workplace, task.seed, step_logger(workplace))
     if task.stage.lora_rank:
         model = merged(model, loaded, task.stage)
-    facts, work = workplace.facts, work_of(model)
-    workplace.add(pairs=count, flops=work.flops(int(facts["tokens"]), int(facts["image_tokens"]), training=True)
-                  + work.flops(*_size(source, module), training=False))  # fmt: skip
+    work, again = work_of(model), task.model.gradient_checkpointing
+    workplace.add(pairs=count, flops=trained_flops(workplace.facts, work, task.stage, again)
+                  + work.sampling(*_size(source, module)))  # fmt: skip
     save_model(model, processor, workplace.directory)
 
 
-def _size(source: PairSource, module: PreferenceTuning) -> tuple[int, int]:
-    """(tokens, image tokens) of all pairs: what the reference read."""
+def _size(source: PairSource, module: PreferenceTuning) -> tuple[int, int, int]:
+    """(prompt, image, response) tokens of all pairs: what the reference read."""
     image = module.model.config.image_token_id
-    rows = [example.input_ids for index in range(source.rows or 0) for example in source.examples(index)]
-    return sum(map(len, rows)), sum(ids.count(image) for ids in rows)
+    rows = [example for index in range(source.rows or 0) for example in source.examples(index)]
+    new = sum(label != IGNORED for row in rows for label in row.labels[1:])
+    return sum(map(len, rows)) - new, sum(row.input_ids.count(image) for row in rows), new
 
 
 def _pairs(task: PreferenceTask, inputs: Mapping[str, Artifact], encoder: ChatEncoder) -> PairSource:

@@ -14,7 +14,7 @@ from sicog_exp.data.chat import ChatEncoder
 from sicog_exp.data.mixture import ImageTensors, Mixture, RecordSource, capped
 from sicog_exp.models.adapters import copy_trained, layers_kept_whole, merge_adapters
 from sicog_exp.models.compose import fresh_projector
-from sicog_exp.models.loading import ModelSource, load_model, save_model, work_of
+from sicog_exp.models.loading import ModelSource, Work, load_model, save_model, work_of
 from sicog_exp.prompts import COD_TURNS, KINDS, Kind, steps_of
 from sicog_exp.recipe import CapsConfig, ModelConfig, StageConfig
 from sicog_exp.records import Record, read_jsonl, read_records, turns_conversation
@@ -123,9 +123,15 @@ def _train(kind: type[SupervisedFineTuning], data: MixtureData, workplace: Workp
     fit(kind(model, task.stage), data, task.model, workplace, task.seed, step_logger(workplace))
     if task.stage.lora_rank:
         model = merged(model, source, task.stage)
-    facts = workplace.facts
-    workplace.add(flops=work_of(model).flops(int(facts["tokens"]), int(facts["image_tokens"]), training=True))
+    again = task.model.gradient_checkpointing
+    workplace.add(flops=trained_flops(workplace.facts, work_of(model), task.stage, again))
     save_model(model, data.processor, workplace.directory)
+
+
+def trained_flops(facts: Mapping[str, float], work: Work, stage: StageConfig, again: bool) -> float:
+    """FLOPs of the tokens that a stage counted; `again`: activations were computed twice."""
+    tokens, image, new = (facts[name] for name in ("tokens", "image_tokens", "new_tokens"))
+    return work.training(tokens, image, new, stage.trained, stage.adapted, again)
 
 
 @dataclass(frozen=True)

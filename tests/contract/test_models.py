@@ -23,6 +23,7 @@ from sicog_exp.models.loading import (
     ModelSource,
     load_model,
     part_parameters,
+    positions_per_image_token,
     resolve_base,
     save_model,
     work_of,
@@ -114,9 +115,61 @@ def test_work_counts_each_multiplying_parameter(tiny_model: Path) -> None:
     model, _ = load_model(ModelSource(str(tiny_model)))
     work = work_of(model)
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert work.vision + work.language == total
-    assert work.flops(10, 4, training=False) == 2 * (10 * work.language + 4 * work.vision)
-    assert work.flops(10, 4, training=True) == 3 * work.flops(10, 4, training=False)
+    assert work.vision + work.projector + work.language + work.head == total
+    body = 10 * work.language + 4 * (work.vision + work.projector)
+    assert work.sampling(7, 4, 3) == 2 * (body + 3 * work.head)
+    assert work.training(10, 4, 3) == 3 * work.sampling(7, 4, 3)
+    assert work.training(10, 4, 3, (), tuple(PARTS)) == 2 * work.sampling(7, 4, 3), "adapters: no weights' gradients"
+    assert work.training(10, 4, 3, again=True) == 4 * work.sampling(7, 4, 3)
+
+
+def test_positions_behind_an_image_token() -> None:
+    from types import SimpleNamespace as Config
+
+    tower = Config(image_size=896, patch_size=14)
+    assert positions_per_image_token(Config(vision_config=tower, mm_tokens_per_image=256)) == 16  # Gemma 3
+    assert positions_per_image_token(Config(vision_config=Config(spatial_merge_size=2))) == 4  # Qwen-VL
+    assert positions_per_image_token(Config(vision_config=tower, scale_factor=3)) == 9  # SmolVLM
+    many = Config(vision_config=Config(image_size=[448, 448], patch_size=[14, 14]), image_seq_length=256)
+    assert positions_per_image_token(Config(**vars(many), downsample_ratio=0.5)) == 4  # InternVL
+
+
+TRAINED = [("vision", "projector", "language"), ("projector",), ("language",), ("projector", "language")]
+
+
+@pytest.mark.parametrize("trained", TRAINED, ids="+".join)
+def test_training_s_flops_are_those_that_torch_counts(trained: tuple[str, ...]) -> None:
+    """Torch's count holds attention's products too, which the formula leaves out."""
+    from tiny import turns
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from sicog_exp.data.mixture import Row, collate
+    from sicog_exp.recipe import StageConfig
+    from sicog_exp.training.modules import SupervisedFineTuning
+
+    model, processor = load_model(ModelSource(str(EMBEDDED_BASE)))
+    encoder, rows = ChatEncoder(processor), []
+    for scene, messages, _ in turns("base", 4):
+        pixels = encoder.pixels([render(scene, 1)])
+        rows.append(Row(encoder.example(messages, pixels, 512), pixels, "annotated"))
+    rates = {f"{part}_lr": 1e-3 if part in trained else 0.0 for part in PARTS}
+    stage, batch = SupervisedFineTuning(model, StageConfig(**rates)), collate(rows, 0)
+    with FlopCounterMode(display=False) as counter:
+        stage.batch_loss(batch)[0].backward()
+    done = stage.work([batch])
+    padding = batch["input_ids"].numel() - done["tokens"]
+    formula = work_of(model).training(done["tokens"] + padding, done["image_tokens"], done["new_tokens"], trained)
+    assert 0.85 < formula / counter.get_total_flops() < 1.03
+
+
+def test_sampling_s_flops_are_those_that_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, processor = load_model(ModelSource(str(EMBEDDED_BASE)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs_of(processor), logits_to_keep=1)
+    read = len(inputs_of(processor)["input_ids"][0])
+    assert 0.9 < work_of(model).sampling(read, 9, 1) / counter.get_total_flops() < 1.1
 
 
 def test_the_base_s_name() -> None:

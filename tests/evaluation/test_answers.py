@@ -79,6 +79,10 @@ def test_a_killed_evaluation_asks_only_for_the_missing_batches(pictures: Path, t
     kept = KeptAnswers(third, tmp_path / "s", "w")
     assert len(list(kept.sample(requests, GREEDY))) == 4
     assert (third.batches, kept.kept_seconds) == ([], pytest.approx(8.0))
+    undisturbed = KeptAnswers(Counting(), tmp_path / "again", "w")
+    list(undisturbed.sample(requests, GREEDY))
+    assert kept.counted == undisturbed.counted
+    assert kept.counted["prompt_tokens"] > 0
 
 
 @pytest.mark.parametrize("change", ["weights", "decoding", "picture", "words"])

@@ -234,6 +234,25 @@ def test_defect_n_candidates_from_one_prefill(engine, world_images):
     assert len(prefills) == 1
     assert prefills[0][0] == 12
     assert 0 < sampled.prompt_tokens <= prefills[0].numel()
+    per_image = engine.model.config.image_seq_length
+    assert (sampled.image_tokens, sampled.encoded_tokens) == (12 * per_image, 3 * per_image)
+
+
+def test_what_is_computed_is_counted(engine, world_images):
+    """Sampling and scoring alike: evaluation reports what its engine counted."""
+    request = Request("s", "direct", (user("Which thing?", 1),), (world_images[0],), 2)
+    before = Counter(engine.counted)
+    (sampled,) = engine.sample_batches([[request]], Decoding(1.0, 1.0, 4, 0, 8))
+    drawn = engine.counted - before
+    assert drawn["prompt_tokens"] == sampled.prompt_tokens
+    assert drawn["new_tokens"] == sum(candidate.tokens for candidate in sampled.candidates)
+    before, busy = Counter(engine.counted), engine.busy_seconds
+    engine.log_likelihood([request, request], ["red dog", "cat"])
+    scored = engine.counted - before
+    assert scored["prompt_tokens"] == 2 * sampled.prompt_tokens
+    assert scored["encoded_tokens"] == sampled.encoded_tokens == sampled.image_tokens
+    assert scored["new_tokens"] == sum(len(engine.tokenizer.encode(text)) for text in ("red dog", "cat"))
+    assert engine.busy_seconds > busy
 
 
 def test_several_stop_tokens(engine, requests_36, monkeypatch):

@@ -224,7 +224,7 @@ def test_the_page_is_well_formed_and_accessible():
 def test_charts_are_well_formed_xml_inside_their_frame():
     page = r.render(demo())
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(drawings) == 2 + 2 + 2 + 2 * 6 + 1 + 1
+    assert len(drawings) == 2 + 2 + 2 + 2 * 6 + 1 + 2 + 1
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
         width, height = map(float, root.attrib["viewBox"].split()[2:])

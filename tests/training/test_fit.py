@@ -75,9 +75,13 @@ def run(model: Path, data: Path, root: Path, kill_at: int = 0) -> None:
 def made(root: Path) -> tuple[dict[str, str], dict[str, float]]:
     """Checksums of the trained model and the facts that do not depend on the clock."""
     (path,) = root.glob("develop-*[0-9a-f]")
-    facts = json.loads((path / "manifest.json").read_text())["facts"]
-    counted = {name: facts[name] for name in ("samples", "tokens", "image_tokens", "steps", "flops")}
-    return checksums(path), counted
+    names = ("samples", "tokens", "prompt_tokens", "image_tokens", "new_tokens", "steps", "flops")
+    return checksums(path), {name: facts_of(root)[name] for name in names}
+
+
+def facts_of(root: Path) -> dict[str, float]:
+    (manifest,) = root.glob("develop-*[0-9a-f]/manifest.json")
+    return json.loads(manifest.read_text())["facts"]
 
 
 def test_a_killed_stage_ends_with_the_bits_and_facts_of_an_undisturbed_one(
@@ -85,13 +89,19 @@ def test_a_killed_stage_ends_with_the_bits_and_facts_of_an_undisturbed_one(
 ) -> None:
     run(tiny_model, folder, tmp_path / "whole")
     run(tiny_model, folder, tmp_path / "killed", kill_at=5)
-    assert [path.name for path in (tmp_path / "killed").glob("*.partial/scratch/*")] == ["step-00000004.ckpt"]
+    assert [path.name for path in (tmp_path / "killed").glob("*.partial/scratch/*.ckpt")] == ["step-00000004.ckpt"]
     run(tiny_model, folder, tmp_path / "killed", kill_at=9)
     run(tiny_model, folder, tmp_path / "killed")
     weights, facts = made(tmp_path / "killed")
     assert (weights, facts) == made(tmp_path / "whole")
     assert facts["samples"] == STEPS * 4
     assert facts["steps"] == STEPS
+    assert facts["prompt_tokens"] + facts["new_tokens"] == facts["tokens"]
+    timed = facts_of(tmp_path / "killed")
+    # two attempts that waited 0.2 s a step; what training computed until its last checkpoint is kept with it
+    assert timed["seconds"] > timed["earlier_seconds"] > (5 + 5) * 0.2
+    assert timed["model_seconds"] > 8 * 0.2
+    assert "earlier_seconds" not in facts_of(tmp_path / "whole")
     assert not [name for name in weights if name.endswith((".ckpt", ".bin", ".pt", ".pth", ".pkl"))]
 
 
