@@ -334,8 +334,10 @@ def test_work_counts_samples_and_tokens(tiny_model: Path, world_images: list[Pat
     rows = make_mixture(encoder, world_images).rows(0, 6)
     batches = [collate(rows[:2], 0), collate(rows[2:], 0)]
     pictured = sum(row.image_inputs is not None for row in rows)
-    assert module.work(batches) == {"samples": 6, "tokens": sum(len(row.example) for row in rows),
-                                    "image_tokens": 9 * pictured}  # fmt: skip
+    tokens = sum(len(row.example) for row in rows)
+    predicted = sum(label != IGNORED for row in rows for label in row.example.labels[1:])
+    assert module.work(batches) == {"samples": 6, "tokens": tokens, "prompt_tokens": tokens - predicted,
+                                    "image_tokens": 9 * pictured, "new_tokens": predicted}  # fmt: skip
 
 
 def test_vision_pretraining_learns_and_leaves_the_language_model(tiny_model: Path, tmp_path: Path) -> None:
