@@ -67,8 +67,8 @@ def metrics(rows: Sequence[CostRow], accuracy: Mapping[int, float]) -> dict[int,
 
     `cost/<stage>/<measure>` and `cost/added/<measure>` (over all stages) are a generation's own. `cost/flops` is what
     it took until the generation was there, the sum of `cost/training_flops` and `cost/generation_flops` (sampling);
-    the last ones are the run's. `accuracy`: generation -> mean accuracy, a share; `gain/per_petaflop` is the gain over the
-    first generation, in points, by what was spent since.
+    the last ones are the run's. `accuracy`: generation -> mean accuracy, a share; `gain/per_petaflop` is the gain over
+    the first generation, in points, by what was spent since.
     """
     named: dict[int, dict[str, float]] = defaultdict(dict)
     for row in rows:
