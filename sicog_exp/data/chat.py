@@ -180,7 +180,7 @@ class ChatEncoder:
 
     def _expand(self, texts: Sequence[str], image_inputs: ImageInputs | None) -> list[str]:
         """Each image placeholder becomes what the model expects there, counted over all texts."""
-        places = image_inputs.places if image_inputs else ()
+        places = image_inputs.places if image_inputs is not None else ()
         shown = sum(text.count(self.image_token) for text in texts)
         if shown > len(places):
             raise ChatError(f"the conversation shows {shown} images, and {len(places)} came with it")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sicog_exp import prompts
-from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError
+from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError, ImageInputs
 from sicog_exp.data.formats import DataError, default_root, exists, is_hub
 from sicog_exp.data.images import ImageError, ImageHeaders, open_bytes, open_image
 from sicog_exp.data.readers import SET_ASIDE, Intake, read_annotated, read_unlabeled
@@ -209,6 +209,10 @@ class ImageLengths:
         self._fixed = probed.pop() if len(probed) == 1 else None
         self._asked = lru_cache(maxsize=100_000)(self._ask)
 
+    def stand_in(self, sizes: Sequence[tuple[int, int]]) -> ImageInputs:
+        """In the place of images of these sizes: as many tokens, and no pixel decoded."""
+        return ImageInputs({}, [self._encoder.image_token * self.of(size) for size in sizes])
+
     def of(self, size: tuple[int, int]) -> int:
         return self._fixed if self._fixed is not None else self._asked(size)
 
@@ -219,23 +223,12 @@ class ImageLengths:
         return self._encoder.image_length(Image.new("RGB", size))
 
 
-class _SizedEncoder(ChatEncoder):
-    """Takes image sizes for image tensors: the same number of tokens without decoding a pixel."""
-
-    def __init__(self, encoder: ChatEncoder) -> None:
-        super().__init__(encoder.processor)
-        self.lengths = ImageLengths(encoder)
-
-    def _image_tokens(self, image_inputs: Any, index: int) -> str:
-        return self.image_token * self.lengths.of(image_inputs[index])
-
-
 class TokenCounter:
     """Exact token counts of a sample of rows or of all, and of every row that may be longer than `max_length`."""
 
     def __init__(self, encoder: ChatEncoder, max_length: int, every: bool) -> None:
         self.lengths = Lengths(max_length)
-        self._encoder, self._every = _SizedEncoder(encoder), every
+        self._encoder, self._every, self._images = encoder, every, ImageLengths(encoder)
         self._drawn: Drawing[tuple[Record, tuple[tuple[int, int], ...]]] = Drawing(DRAWN)
         hello = (Message("user", "a"), Message("assistant", "a"))
         self._frame = len(self._encoder.example(hello, None, ENDLESS))
@@ -256,7 +249,7 @@ class TokenCounter:
         """False where the row surely fits: no token is shorter than a byte, and no turn has more around it than a
         whole small conversation. Only where bytes are too many, the words are tokenized."""
         texts = [message.content for message in record.messages]
-        left = self.lengths.max_length - self._frame * len(texts) - sum(map(self._encoder.lengths.of, sizes))
+        left = self.lengths.max_length - self._frame * len(texts) - sum(map(self._images.of, sizes))
         if sum(len(text.encode()) for text in texts) <= left:
             return False
         tokenizer = self._encoder.tokenizer
@@ -265,8 +258,8 @@ class TokenCounter:
     def _tokens(self, record: Record, sizes: Any) -> tuple[int, int]:
         """All tokens, and those with loss."""
         if record.response is None:
-            return len(self._encoder.prompt(record.messages, sizes)), 0
-        example = self._encoder.example(record.messages, sizes, ENDLESS)
+            return len(self._encoder.prompt(record.messages, self._images.stand_in(sizes))), 0
+        example = self._encoder.example(record.messages, self._images.stand_in(sizes), ENDLESS)
         return len(example), len(example) - example.labels.count(IGNORED)
 
     def _count(self, record: Record, sizes: Any) -> None:
@@ -287,7 +280,7 @@ class TokenCounter:
             return  # counted as refused, not as long
         try:
             if record.response is not None:
-                self._encoder.example(record.messages, sizes, self.lengths.max_length)
+                self._encoder.example(record.messages, self._images.stand_in(sizes), self.lengths.max_length)
                 self.lengths.cut.append(record.id)
                 return
         except ChatError:

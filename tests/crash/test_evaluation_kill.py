@@ -28,7 +28,7 @@ from sicog_exp.store import Store
 recipe = load("tests/tiny.yaml", sys.argv[1:])
 store = Store(recipe.store)
 base, data = store.run(loop.base_step(recipe)), store.run(loop.data_step(recipe))
-loop.evaluate(store, recipe, base, data)
+loop.evaluate(store, recipe, "evaluate", base, data)
 """
 
 
@@ -41,7 +41,7 @@ def scored(recipe: Recipe) -> Artifact:
     """In this process; the store alone stands for a runner."""
     store = Store(recipe.store)
     base, data = store.run(loop.base_step(recipe)), store.run(loop.data_step(recipe))
-    return loop.evaluate(store, recipe, base, data)  # type: ignore[arg-type]
+    return loop.evaluate(store, recipe, "evaluate", base, data)  # type: ignore[arg-type]
 
 
 def killed_after(lines: int, given: Sequence[str], folder: Path) -> int:
