@@ -67,10 +67,10 @@ def test_costs_are_metrics_of_every_generation(tiny_run: tuple[Path, str]) -> No
     assert experiment
     query = "tags.`sicog.level` = 'experiment'"
     parent = client.search_runs([experiment.experiment_id], query)[-1].info.run_id
-    for name in ("cost/flops", "cost/cumulative/flops", "cost/cumulative/training_flops", "cost/evaluate/seconds"):
+    for name in ("cost/flops", "cost/training_flops", "cost/added/flops", "cost/evaluate/seconds"):
         assert sorted(point.step for point in client.get_metric_history(parent, name)) == [0, 1, 2], name
-    spent = {point.step: point.value for point in client.get_metric_history(parent, "cost/cumulative/flops")}
-    trained = {point.step: point.value for point in client.get_metric_history(parent, "cost/cumulative/training_flops")}
+    spent = {point.step: point.value for point in client.get_metric_history(parent, "cost/flops")}
+    trained = {point.step: point.value for point in client.get_metric_history(parent, "cost/training_flops")}
     assert spent[0] == trained[0] < trained[1] < spent[1] < spent[2]
     assert {point.step for point in client.get_metric_history(parent, "cost/generate-caption/tokens")} == {1, 2}
 

@@ -65,19 +65,21 @@ def cumulative(rows: Sequence[CostRow]) -> list[Compute]:
 def metrics(rows: Sequence[CostRow], accuracy: Mapping[int, float]) -> dict[int, dict[str, float]]:
     """Generation -> its costs under the names that every generation uses.
 
-    `cost/<stage>/<measure>` and `cost/<measure>` are a generation's own, `cost/cumulative/flops` what it took to make
-    it, `cost/cumulative/training_flops` that without sampling. `accuracy`: generation -> mean accuracy, a share;
-    `gain/per_petaflop` is the gain over the first generation, in points, by what was spent since.
+    `cost/<stage>/<measure>` and `cost/added/<measure>` (over all stages) are a generation's own. `cost/flops` is what
+    it took until the generation was there, the sum of `cost/training_flops` and `cost/generation_flops` (sampling);
+    the last ones are the run's. `accuracy`: generation -> mean accuracy, a share; `gain/per_petaflop` is the gain over
+    the first generation, in points, by what was spent since.
     """
     named: dict[int, dict[str, float]] = defaultdict(dict)
     for row in rows:
         for measure in MEASURES:
             value = getattr(row, measure)
-            for name in (f"cost/{row.stage}/{measure}", f"cost/{measure}") if value is not None else ():
+            for name in (f"cost/{row.stage}/{measure}", f"cost/added/{measure}") if value is not None else ():
                 named[row.generation][name] = named[row.generation].get(name, 0.0) + value
     steps = cumulative(rows)
     for step in steps:
-        named[step.generation] |= {"cost/cumulative/flops": step.flops, "cost/cumulative/training_flops": step.trained}
+        named[step.generation] |= {"cost/flops": step.flops, "cost/training_flops": step.trained,
+                                   "cost/generation_flops": step.flops - step.trained}  # fmt: skip
         named[step.generation] |= _gain(steps[0], step, accuracy)
     return dict(named)
 
