@@ -102,6 +102,25 @@ def test_a_resumed_study_proposes_new_trials(tmp_path: Path) -> None:
     assert len(set(proposed)) == 4
 
 
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+def test_poor_trials_are_given_up_at_a_rung(tmp_path: Path, pruner: str) -> None:
+    """A trial's worth is its number's last digit: what a pruner gives up is worth less than what it keeps."""
+    config = study(tmp_path, rungs=[0.25, 0.5, 1.0], pruner=pruner)
+    search = open_study(config, recipe_of(config, {}, "development"))
+    worth: dict[bool, list[int]] = {True: [], False: []}
+    for number in range(60):
+        trial = search.ask()
+        suggested(config, trial)
+        pruned = False
+        for rung in (1, 2):
+            trial.report(number * 7 % 10, rung)
+            pruned = pruned or trial.should_prune()
+        search.tell(trial, None if pruned else number * 7 % 10, state=TrialState.PRUNED if pruned else None)
+        worth[pruned].append(number * 7 % 10)
+    assert len(worth[True]) >= 10
+    assert sum(worth[True]) / len(worth[True]) + 2 < sum(worth[False]) / len(worth[False])
+
+
 def test_a_dead_workers_trial_is_tried_again_and_a_live_ones_left_alone(tmp_path: Path) -> None:
     config = study(tmp_path)
     search = open_study(config, recipe_of(config, {}, "development"))
