@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from sicog_exp import cleandata, loop
+from sicog_exp import cleandata, loop, origins
 from sicog_exp.ahead import check_ahead, left_out
 from sicog_exp.planning.plan import expected_work
 from sicog_exp.progress import Display
@@ -21,6 +21,9 @@ from sicog_exp.recipe import PlanConfig, Recipe, RecipeError
 from sicog_exp.runner import Runner
 from sicog_exp.store import Artifact, Step, Store, Workplace
 from sicog_exp.tracking import Tracker, mark_no_op, table_link
+
+if TYPE_CHECKING:
+    from sicog_exp.evaluation.compare import ScoreTable
 
 SUMMARY, REPORT = "summary.json", "report.html"
 MEAN_ACCURACY = "accuracy/mean"
@@ -70,7 +73,8 @@ def whole(store: Store, step: Step, name: str, console: Console) -> Artifact | N
 def experiment_step(recipe: Recipe, store: Store, console: Console, part: Part | None = None) -> Step:
     """The whole run as one step: it is finished when its report is."""
     steps_of = replace(recipe, plan=PlanConfig())  # which no step reads
-    identity = {"recipe": steps_of, "data": loop.data_step(recipe).identity, "base": loop.base_step(recipe).identity}
+    data, base = origins.data_step(recipe), origins.base_step(recipe)
+    identity = {"recipe": steps_of, "data": data.identity, "base": base.identity}
 
     def run(config: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
         _run(recipe, store, workplace, console, part)
@@ -95,29 +99,63 @@ def _run(recipe: Recipe, store: Store, workplace: Workplace, console: Console, p
 def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: Workplace, wall: float) -> None:
     """Compare the generations, log and register them under the same names, report."""
     from sicog_exp.evaluation import compare
-    from sicog_exp.reporting import collect, costs, report
+    from sicog_exp.reporting import collect, report
 
-    tracker, resamples = runner.tracker, recipe.evaluation.bootstrap
-    scored = [generation.scores.path for generation in lineage.generations]
-    tables = [compare.score_table(path, resamples) for path in scored]
-    means = {g.index: headline(compare.metrics(table))[MEAN_ACCURACY]
-             for g, table in zip(lineage.generations, tables, strict=True)}  # fmt: skip
-    spent = costs.metrics(collect.cost_rows(runner.done), means)
-    for generation, table in zip(lineage.generations, tables, strict=True):
-        curated = lineage.curated[generation.index - 1] if generation.index and lineage.curated else None
-        known = collect.curation_metrics(curated, lineage.data, resamples) if curated else {}
-        scores = compare.metrics(table)
-        tracker.log_generation(generation.index, headline(scores) | scores | known | spent.get(generation.index, {}))
-        tracker.log_origin(generation.index, origin(lineage, runner, generation.index))
-        tracker.register(generation.index, generation.model)
-        tracker.log_file(generation.scores / "samples.jsonl", "eval", generation.index)
-    summary: dict[str, Any] = trust(recipe, lineage, runner) | {
-        "stopped": lineage.stopped,
-        "upper_bound": collect.upper_bound_note(recipe),
-        "run_id": tracker.run_id,
-        "experiment_id": tracker.experiment_id,
+    tracker, folder, resamples = runner.tracker, workplace.directory, recipe.evaluation.bootstrap
+    tables = [compare.score_table(generation.scores.path, resamples) for generation in lineage.generations]
+    _log_generations(recipe, lineage, runner, tables)
+    summary = summarized(recipe, lineage, runner, tables) | {
         "wall_seconds": wall,
         "orchestration_share": orchestration_share(runner, wall),
+    }
+    tracker.promote(summary["champion"])
+    tracker.log_metrics(tracker.run_id, cleandata.contamination_metrics(runner.done))
+    for name, words in (("alarm", " ".join(summary["alarms"])), ("stopped", lineage.stopped)):
+        if words:
+            tracker.client.set_tag(tracker.run_id, f"sicog.{name}", words[:5000])
+    log_datasets(recipe, lineage, tracker)
+    page = collect.collect(
+        recipe, lineage, runner.done, run_id=tracker.run_id, run_uri=str(tracker.client.tracking_uri),
+        date=date.today().isoformat(), reproduce=REPRODUCE,
+        orchestration_share=summary["orchestration_share"],
+        watched=[*filter(None, [lineage.stopped]), *summary["alarms"], *summary["contamination"]])  # fmt: skip
+    report.write_report(page, folder / REPORT)
+    (folder / report.DATA).write_bytes(report.to_json(page))
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1, default=float))
+    for name in (REPORT, report.DATA, SUMMARY):
+        tracker.log_file(folder / name)
+
+
+def _log_generations(recipe: Recipe, lineage: loop.Lineage, runner: Runner, tables: Sequence[ScoreTable]) -> None:
+    """Each generation's metrics, origin, model and answers on its own run."""
+    from sicog_exp.evaluation import compare
+    from sicog_exp.reporting import collect, costs
+
+    tracker = runner.tracker
+    scores = {g.index: compare.metrics(table) for g, table in zip(lineage.generations, tables, strict=True)}
+    means = {index: headline(found)[MEAN_ACCURACY] for index, found in scores.items()}
+    spent = costs.metrics(collect.cost_rows(runner.done), means)
+    for generation in lineage.generations:
+        index, found = generation.index, scores[generation.index]
+        curated = lineage.curated[index - 1] if index and lineage.curated else None
+        known = collect.curation_metrics(curated, lineage.data, recipe.evaluation.bootstrap) if curated else {}
+        tracker.log_generation(index, headline(found) | found | known | spent.get(index, {}))
+        tracker.log_origin(index, origin(lineage, runner, index))
+        tracker.register(index, generation.model)
+        tracker.log_file(generation.scores / "samples.jsonl", "eval", index)
+
+
+def summarized(recipe: Recipe, lineage: loop.Lineage, runner: Runner, tables: Sequence[ScoreTable]) -> dict[str, Any]:
+    """What `summary.json` holds, its times apart."""
+    from sicog_exp.evaluation import compare
+    from sicog_exp.reporting import collect
+
+    resamples, scored = recipe.evaluation.bootstrap, [generation.scores.path for generation in lineage.generations]
+    return trust(recipe, lineage, runner) | {
+        "stopped": lineage.stopped,
+        "upper_bound": collect.upper_bound_note(recipe),
+        "run_id": runner.tracker.run_id,
+        "experiment_id": runner.tracker.experiment_id,
         "champion": compare.champion(scored, resamples),
         "generations": [{task: vars(score.overall) for task, score in table.items()} for table in tables],
         "deltas": [vars(delta) for delta in compare.deltas(scored, resamples)],
@@ -125,23 +163,6 @@ def _conclude(recipe: Recipe, lineage: loop.Lineage, runner: Runner, workplace: 
         "evaluations": [path.name for path in scored],
         "models": [generation.model.path.name for generation in lineage.generations],
     }
-    tracker.promote(summary["champion"])
-    tracker.log_metrics(tracker.run_id, cleandata.contamination_metrics(runner.done))
-    if summary["alarms"]:
-        tracker.client.set_tag(tracker.run_id, "sicog.alarm", " ".join(summary["alarms"])[:5000])
-    if lineage.stopped:
-        tracker.client.set_tag(tracker.run_id, "sicog.stopped", lineage.stopped[:5000])
-    log_datasets(recipe, lineage, tracker)
-    page = collect.collect(
-        recipe, lineage, runner.done, run_id=tracker.run_id, run_uri=str(tracker.client.tracking_uri),
-        date=date.today().isoformat(), reproduce=REPRODUCE,
-        orchestration_share=summary["orchestration_share"],
-        watched=[*filter(None, [lineage.stopped]), *summary["alarms"], *summary["contamination"]])  # fmt: skip
-    report.write_report(page, workplace.directory / REPORT)
-    (workplace.directory / report.DATA).write_bytes(report.to_json(page))
-    (workplace.directory / SUMMARY).write_text(json.dumps(summary, indent=1, default=float))
-    for name in (REPORT, report.DATA, SUMMARY):
-        tracker.log_file(workplace.directory / name)
 
 
 def trust(recipe: Recipe, lineage: loop.Lineage, runner: Runner) -> dict[str, Any]:
@@ -214,8 +235,8 @@ def check_memory(recipe: Recipe) -> None:
     import psutil
 
     files: list[Path] = []
-    for folder in loop.base_folders(recipe):
-        weights = [path for path in loop.model_files(folder) if path.suffix in (".safetensors", ".gguf")]
+    for folder in origins.base_folders(recipe):
+        weights = [path for path in origins.model_files(folder) if path.suffix in (".safetensors", ".gguf")]
         if not weights:
             raise RecipeError(f"model.base={recipe.model.base}: no safetensors weights in {folder}")
         files += weights

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY, environment
 
-from sicog_exp import loop
+from sicog_exp import loop, origins
 from sicog_exp.evaluation.answers import ANSWERS
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.recipe import Recipe, load
@@ -21,13 +21,13 @@ from sicog_exp.store import Artifact, Store
 
 EVALUATION = """
 import sys
-from sicog_exp import loop
+from sicog_exp import loop, origins
 from sicog_exp.recipe import load
 from sicog_exp.store import Store
 
 recipe = load("tests/tiny.yaml", sys.argv[1:])
 store = Store(recipe.store)
-base, data = store.run(loop.base_step(recipe)), store.run(loop.data_step(recipe))
+base, data = store.run(origins.base_step(recipe)), store.run(origins.data_step(recipe))
 loop.evaluate(store, recipe, "evaluate", base, data)
 """
 
@@ -40,7 +40,7 @@ def overrides(model: Path, store: Path) -> list[str]:
 def scored(recipe: Recipe) -> Artifact:
     """In this process; the store alone stands for a runner."""
     store = Store(recipe.store)
-    base, data = store.run(loop.base_step(recipe)), store.run(loop.data_step(recipe))
+    base, data = store.run(origins.base_step(recipe)), store.run(origins.data_step(recipe))
     return loop.evaluate(store, recipe, "evaluate", base, data)  # type: ignore[arg-type]
 
 

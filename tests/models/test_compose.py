@@ -18,9 +18,9 @@ from sicog_exp.data.chat import ChatEncoder
 from sicog_exp.data.mixture import Row, collate
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.transformers_engine import TransformersEngine
-from sicog_exp.loop import base_step
 from sicog_exp.models.compose import compose, fresh_projector, load_language, load_tower
 from sicog_exp.models.loading import ModelError, ModelSource, load_model, part_of, save_model
+from sicog_exp.origins import base_step
 from sicog_exp.recipe import ModelConfig, Recipe, StageConfig
 from sicog_exp.records import Message, user
 from sicog_exp.store import Store
