@@ -43,10 +43,12 @@ def tiny(tiny_run: tuple[Path, str], tiny_model: Path) -> Recipe:
 
 
 @pytest.mark.timeout(1800)
-def test_a_plan_is_within_a_quarter_of_what_a_run_measured(tiny: Recipe) -> None:
+def test_a_plan_is_within_a_quarter_of_what_a_run_measured(tiny: Recipe, tiny_run: tuple[Path, str]) -> None:
     found: dict[str, Counter[str]] = defaultdict(Counter)
-    for path in Path(tiny.store).glob("*/manifest.json"):
-        manifest = json.loads(path.read_text())
+    store = Path(tiny.store)
+    (run,) = set(re.findall(r"iterate-[0-9a-f]{16}", tiny_run[1]))  # other tests add steps to its store
+    for name in json.loads((store / run / "summary.json").read_text())["artifacts"]:
+        manifest = json.loads((store / name / "manifest.json").read_text())
         found[manifest["step"]].update(manifest["facts"])
     ratios = {(stage, name): found[stage][name] / getattr(step, name) for stage, step in stages(planned(tiny)).items()
               for name in COUNTED if getattr(step, name)}  # fmt: skip
@@ -161,7 +163,9 @@ def own(folder: Path, **data: Any) -> Recipe:
 @pytest.fixture
 def files(tmp_path: Path, world_images: list[Path]) -> Path:
     """Ten annotated rows, two of them unusable, a folder of twelve pictures, and a file of questions about them."""
-    shutil.copytree(world_images[0].parent, tmp_path / "photos")
+    (tmp_path / "photos").mkdir()
+    for image in world_images:
+        shutil.copy(image, tmp_path / "photos")
     rows: list[Any] = [{"id": str(i), "image": f"photos/{i}.png", "conversations": [
         {"from": "human", "value": "<image>\nWhich thing is furthest left?"},
         {"from": "gpt", "value": "dog" if i % 2 else "red dog top left, blue cat middle " * 4}]}
