@@ -62,7 +62,7 @@ class Paired:
 class Pooled:
     """B against A over several seeds: the questions' mean differences with an interval, and the spread over seeds.
 
-    `spread` is the standard deviation (n - 1) of `per_seed`; 0 for one seed. `p` is the two-sided t test with the
+    `spread` is the standard deviation (n - 1) of `per_seed`, None for one seed. `p` is the two-sided t test with the
     standard error of `cluster_error`: like the interval it takes images as independent, not questions.
     """
 
@@ -70,7 +70,7 @@ class Pooled:
     low: float
     high: float
     per_seed: tuple[float, ...]
-    spread: float
+    spread: float | None
     n: int
     clusters: int
     p: float
@@ -117,7 +117,7 @@ def paired_pooled(
     means = np.mean(rows, axis=0)
     low, high, count = _bootstrap(means, groups, resamples, seed)
     per_seed = tuple(float(row.mean()) for row in rows)
-    spread = float(np.std(per_seed, ddof=1)) if len(rows) > 1 else 0.0
+    spread = float(np.std(per_seed, ddof=1)) if len(rows) > 1 else None
     difference, p = float(means.mean()), _t_test(means, groups)
     return Pooled(difference, low, high, per_seed, spread, len(means), count, p)
 

@@ -6,6 +6,7 @@ tables and plots show percent and percentage points. FLOPs stand as counted, sho
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,14 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of an arm's generation on a task: the mean over seeds, each seed's, and their standard deviation."""
+    """Accuracy of an arm's generation on a task: the mean over seeds, each seed's, and their standard deviation (None
+    for one seed)."""
 
     arm: str
     generation: int
     task: str
     mean: float
-    spread: float
+    spread: float | None
     per_seed: tuple[float, ...]
 
 
@@ -40,8 +42,8 @@ class Score:
 class Difference:
     """After minus before on a task, pooled over seeds, with its interval from resampling images.
 
-    An end is an arm, by its last generation, or ARM:G0. `spread` is the standard deviation over seeds; `holm_p` is `p`
-    corrected for all comparisons of the task.
+    An end is an arm, by its last generation, or ARM:G0. `spread` is the standard deviation over seeds, None for one;
+    `holm_p` is `p` corrected for all comparisons of the task.
     """
 
     before: str
@@ -50,7 +52,7 @@ class Difference:
     difference: float
     low: float
     high: float
-    spread: float
+    spread: float | None
     per_seed: tuple[float, ...]
     n: int
     clusters: int
@@ -158,7 +160,7 @@ def sheets(data: AblationData) -> list[Sheet]:
 
 def _differences(data: AblationData, task: str) -> Sheet:
     found = [d for d in data.differences if d.task == task]
-    rows = tuple((d.label, _interval(d), report.p_value(d.holm_p), f"{100 * d.spread:.1f}", _each(d.per_seed, True))
+    rows = tuple((d.label, _interval(d), report.p_value(d.holm_p), _spread(d.spread), _each(d.per_seed, True))
                  for d in found)  # fmt: skip
     corrected = f"p corrected for {len(found)} comparisons (Holm)"
     title = f"{task}: differences, points [95% interval, images resampled]; {corrected}"
@@ -170,7 +172,7 @@ def _scores(data: AblationData, task: str) -> Sheet:
     shared = [s.per_seed for s in data.scores if (s.arm, s.generation, s.task) == (data.reference, 0, task)]
     shown = [s for s in data.scores if s.task == task and (
         s.generation or s.arm == data.reference or s.per_seed not in shared)]  # fmt: skip
-    rows = tuple((f"{s.arm} G{s.generation}", f"{100 * s.mean:.1f}", f"{100 * s.spread:.1f}", _each(s.per_seed))
+    rows = tuple((f"{s.arm} G{s.generation}", f"{100 * s.mean:.1f}", _spread(s.spread), _each(s.per_seed))
                  for s in shown)  # fmt: skip
     title = f"{task}: accuracy, %, over seeds {', '.join(map(str, data.seeds))} ({data.split} split)"
     return Sheet(title, ("arm", "mean", "sd of seeds", "each seed"), rows)
@@ -190,14 +192,23 @@ def _compute(data: AblationData) -> Sheet:
 
 
 def _stages(data: AblationData) -> Sheet:
-    stages = list(dict.fromkeys(stage for one in data.runs for stage in one.stages))
-    found = {arm: compute(data, arm) for arm in data.arms}
-    rows = tuple((arm, *(report.si(one.get(stage)) for stage in stages)) for arm, one in found.items())
+    """Steps of one stage together, generate-caption and generate-reasoning in "generate", so that it fits a screen."""
+    found: dict[str, dict[str, float]] = {arm: defaultdict(float) for arm in data.arms}
+    for arm, sums in found.items():
+        for step, flops in compute(data, arm).items():
+            if step not in ("training", "generation"):
+                sums[step.partition("-")[0]] += flops
+    stages = list(dict.fromkeys(stage for sums in found.values() for stage in sums))
+    rows = tuple((arm, *(report.si(sums.get(stage)) for stage in stages)) for arm, sums in found.items())
     return Sheet("Compute by stage, FLOPs of one run, mean over seeds", ("arm", *stages), rows)
 
 
 def _share(value: float, whole: float) -> str:
     return f"{value / whole:.0%}" if whole else "\N{EN DASH}"
+
+
+def _spread(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{100 * value:.1f}"
 
 
 def _interval(d: Difference) -> str:

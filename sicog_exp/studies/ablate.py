@@ -327,7 +327,7 @@ def scores(found: Mapping[str, Sequence[Artifact]]) -> Iterator[Score]:
         for index, generations in enumerate(zip(*seeds)):  # generations that every seed has
             for task in generations[0]:
                 values = tuple(generation[task]["mean"] for generation in generations)
-                spread = stdev(values) if len(values) > 1 else 0.0
+                spread = stdev(values) if len(values) > 1 else None
                 yield Score(arm, index, task, mean(values), spread, values)
 
 

@@ -1,4 +1,4 @@
-"""Both pages of reports in a real browser: axe finds no serious fault, a phone need not scroll sideways, nothing is
+"""The pages of reports in a real browser: axe finds no serious fault, a phone need not scroll sideways, nothing is
 loaded from elsewhere."""
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import pytest
 from chromium import needs_chromium
 from chromium import start as start_chromium
 from mlflow import MlflowClient
+from test_ablation import demo as ablation_demo
 from test_report import demo
 from test_side_by_side import finished
 
-from sicog_exp.reporting import side_by_side
+from sicog_exp.reporting import ablation, report, side_by_side
 
 pytestmark = needs_chromium
 SERIOUS = ("serious", "critical")
@@ -30,9 +31,12 @@ def browser() -> Iterator[Any]:
     driver.quit()
 
 
-@pytest.fixture(scope="module", params=["one run", "side by side"])
+@pytest.fixture(scope="module", params=["one run", "side by side", "ablation"])
 def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
+    if request.param == "ablation":
+        report.write_page(ablation.render(ablation_demo()), folder / "page.html")
+        return folder / "page.html"
     names = ["embedded", "random"] if request.param == "side by side" else ["embedded"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
