@@ -24,6 +24,7 @@ from sicog_exp.evaluation.statistics import (
     Pooled,
     StatisticsError,
     corrected,
+    gain_share,
     interval,
     join,
     paired,
@@ -113,6 +114,27 @@ def pooled(before: Sequence[Path], after: Sequence[Path], resamples: int = RESAM
         raise StatisticsError("the seeds were scored on different tasks; evaluate all on one suite")
     return {task: paired_pooled([_aligned(a[task], b[task]) for a, b in zip(first, second, strict=True)], resamples)
             for task in tasks}  # fmt: skip
+
+
+def ceiling_shares(floor: Sequence[Path], arm: Sequence[Path], limit: Sequence[Path],
+                   resamples: int = RESAMPLES) -> dict[str, Interval | None]:  # fmt: skip
+    """Task -> (arm - floor) / (limit - floor), questions averaged over seeds first, images resampled; None where the
+    limit is not clearly above the floor. Entry i of each is an evaluation directory of the same seed."""
+    floors, arms, limits = ([_by_task(path) for path in paths] for paths in (floor, arm, limit))
+    return {task: _share([(a[task], b[task], c[task]) for a, b, c in zip(floors, arms, limits, strict=True)], resamples)
+            for task in floors[0]}  # fmt: skip
+
+
+def _share(seeds: Sequence[tuple[list[Sample], list[Sample], list[Sample]]], resamples: int) -> Interval | None:
+    gains, limits, images = [], [], []
+    for floor, arm, limit in seeds:
+        before, after, images = _aligned(floor, arm)
+        gains.append(after - before)
+        limits.append(_aligned(floor, limit)[1] - before)
+    try:
+        return gain_share(np.mean(gains, axis=0), np.mean(limits, axis=0), images, resamples)
+    except StatisticsError:
+        return None
 
 
 def mean_gain(before: Path, after: Path, resamples: int = RESAMPLES) -> Paired:

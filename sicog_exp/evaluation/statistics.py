@@ -122,6 +122,24 @@ def paired_pooled(
     return Pooled(difference, low, high, per_seed, spread, len(means), count, p)
 
 
+def gain_share(gains: NDArray[np.float64], limits: NDArray[np.float64], clusters: ArrayLike,
+               resamples: int = RESAMPLES, seed: int = 0) -> Interval:  # fmt: skip
+    """What share of a possible gain was reached: mean(`gains`) / mean(`limits`), both by question, with the interval
+    from resampling images for both at once.
+
+    Raises StatisticsError where the limit is not above 0 in all but 2.5% of the resamples: a share of it is no number.
+    """
+    values, groups = _checked(gains, clusters)
+    most, _ = _checked(limits, clusters)
+    _, index = np.unique(groups, return_inverse=True)
+    totals = _resamples(np.stack([np.bincount(index, weights=one) for one in (values, most)], axis=1), resamples, seed)
+    tail = (1 - LEVEL) / 2
+    if np.quantile(totals[:, 1], tail) <= 0:
+        raise StatisticsError("the limit is not clearly above 0, so that no share of it can be given")
+    low, high = np.quantile(totals[:, 0] / totals[:, 1], [tail, 1 - tail])
+    return Interval(float(values.mean() / most.mean()), float(low), float(high), len(values), int(index.max()) + 1)
+
+
 def cluster_error(differences: NDArray, images: NDArray) -> float:
     """Standard error of the mean, robust to questions about one image being alike; with one question an image it is
     scipy.stats.sem. Infinite for a single image."""
@@ -196,18 +214,22 @@ def _checked(scores: ArrayLike, clusters: ArrayLike) -> tuple[NDArray[np.float64
 def _bootstrap(values: NDArray[np.float64], groups: NDArray, resamples: int, seed: int) -> tuple[float, float, int]:
     """(low, high, number of clusters) of the mean, from each cluster's sum and size."""
     _, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    parts = np.stack([np.bincount(index, weights=values), sizes.astype(float)], axis=1)
-    rng = np.random.default_rng(seed)
-    block = max(1, BLOCK // len(sizes))
-    sums = [_resampled(parts, min(block, resamples - done), rng) for done in range(0, resamples, block)]
-    totals = np.concatenate(sums)
+    totals = _resamples(np.stack([np.bincount(index, weights=values), sizes.astype(float)], axis=1), resamples, seed)
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(totals[:, 0] / totals[:, 1], [tail, 1 - tail])
     return float(low), float(high), len(sizes)
 
 
+def _resamples(parts: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+    """(resamples, columns): each resample's sums of the clusters' `parts`."""
+    rng = np.random.default_rng(seed)
+    block = max(1, BLOCK // len(parts))
+    return np.concatenate([_resampled(parts, min(block, resamples - done), rng)
+                           for done in range(0, resamples, block)])  # fmt: skip
+
+
 def _resampled(parts: NDArray[np.float64], rows: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Sum and size of `rows` resamples. A resample is a row that counts how often each cluster was drawn."""
+    """The sums of `rows` resamples. A resample is a row that counts how often each cluster was drawn."""
     count = len(parts)
     drawn = rng.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
     weights = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)

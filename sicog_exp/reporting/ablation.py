@@ -65,11 +65,22 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Share:
+    """How much of the gain from the study's floor to its bound an arm reaches on a task, with its interval."""
+
+    arm: str
+    task: str
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class ArmRun:
     """One arm and seed: its MLflow run, and the FLOPs of the steps that it is made of, each counted once.
 
-    `training` sums every stage that trains, a generator's included, `generation` the sampling of candidates; scoring
-    belongs to neither.
+    `training` sums every stage that trains, a generator's included, `generation` the sampling of candidates and their
+    embedding; scoring belongs to neither.
     """
 
     arm: str
@@ -97,6 +108,7 @@ class AblationData:
     differences: tuple[Difference, ...]
     runs: tuple[ArmRun, ...]
     notes: tuple[str, ...] = ()
+    shares: tuple[Share, ...] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -155,7 +167,7 @@ class Sheet:
 
 def sheets(data: AblationData) -> list[Sheet]:
     made = [sheet for task in data.tasks for sheet in (_differences(data, task), _scores(data, task))]
-    return [*made, _compute(data), _stages(data)]
+    return [*made, *([_shares(data)] if data.shares else []), _compute(data), _stages(data)]
 
 
 def _differences(data: AblationData, task: str) -> Sheet:
@@ -176,6 +188,16 @@ def _scores(data: AblationData, task: str) -> Sheet:
                  for s in shown)  # fmt: skip
     title = f"{task}: accuracy, %, over seeds {', '.join(map(str, data.seeds))} ({data.split} split)"
     return Sheet(title, ("arm", "mean", "sd of seeds", "each seed"), rows)
+
+
+def _shares(data: AblationData) -> Sheet:
+    """A task whose bound is not clearly above the floor has no shares."""
+    tasks = list(dict.fromkeys(one.task for one in data.shares))
+    found = {(one.arm, one.task): f"{one.share:.0%} [{one.low:.0%}, {one.high:.0%}]" for one in data.shares}
+    arms = dict.fromkeys(one.arm for one in data.shares)
+    rows = tuple((arm, *(found[arm, task] for task in tasks)) for arm in arms)
+    return Sheet("Share of the ceiling [95% interval, images resampled]: the gain over the floor by the bound's",
+                 ("arm", *tasks), rows)  # fmt: skip
 
 
 def _compute(data: AblationData) -> Sheet:

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SAMPLING = ("generate", "preference-generate", "preference-reject")
-"""Beginnings of the names of stages that sample training data."""
+SAMPLING = ("generate", "preference-generate", "preference-reject", "embed")
+"""Beginnings of the names of stages that sample training data, or embed it to be curated."""
 SCORING = ("evaluate",)
 """Those of stages that only measure: a generation could be made without them."""
 MEASURES = ("seconds", "samples", "tokens", "flops")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -24,11 +25,9 @@ from sicog_exp.store import Artifact, Step, Store, StoreError, Workplace
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from sicog_exp.reporting.ablation import AblationData, ArmRun, Difference, Score
+    from sicog_exp.reporting.ablation import AblationData, ArmRun, Difference, Score, Share
 
 REVISION = 1
-SAMPLING, SCORING = ("generate-", "preference-generate-", "preference-reject-"), "evaluate"
-"""How the names of the steps begin that sample candidates, and that score."""
 OWN = ("name", "seed")
 """Recipe keys that the study sets for every run."""
 SHARED = ("store", "tracking.", "evaluation.", "data.source", "data.seed", "data.questions_per_image",
@@ -66,15 +65,19 @@ class AblationConfig:
     """Every arm is run with each of them."""
     pairs: tuple[Pair, ...] = ()
     """What is compared; if nothing is said, the reference with its G0, and every other arm with the reference."""
+    ceiling: Pair | None = None
+    """A floor and a bound, such as a random candidate and the selection oracle: every other arm's gain over the floor
+    is shown as a share of the bound's."""
 
     def __post_init__(self) -> None:
         if self.reference not in self.arms:
             raise RecipeError(f"reference={self.reference}: no such arm; there are {', '.join(self.arms) or 'none'}")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise RecipeError(f"seeds={list(self.seeds)}: different whole numbers from 0, at least one")
-        for end in (end for pair in self.pairs for end in (pair.before, pair.after)):
+        named = [("pairs", pair) for pair in self.pairs] + ([("ceiling", self.ceiling)] if self.ceiling else [])
+        for key, end in ((key, end) for key, pair in named for end in (pair.before, pair.after)):
             if end_of(end)[0] not in self.arms:
-                raise RecipeError(f"pairs: {end}: no such arm; there are {', '.join(self.arms)}")
+                raise RecipeError(f"{key}: {end}: no such arm; there are {', '.join(self.arms)}")
 
     @property
     def compared(self) -> tuple[Pair, ...]:
@@ -268,19 +271,10 @@ def gather(study: AblationConfig, client: MlflowClient, run_id: str, console: Co
             console.print(f"failed: {failed[-1]}", highlight=False)
             continue
         found[arm].append(finished)
-        if not finished.cached:
-            _log_compute(client, arm_run(finished, arm, seed))
     if failed:
         raise AblationError(f"{len(failed)} of {len(study.arms) * len(study.seeds)} runs failed; correct what is named "
                             f"and run the same command again, the others are kept. {'; '.join(failed)}")  # fmt: skip
     return found
-
-
-def _log_compute(client: MlflowClient, run: ArmRun) -> None:
-    """FLOPs as metrics of the arm's run, so that the UI's table shows them beside the scores."""
-    flops = {"training_flops": run.training, "generation_flops": run.generation, "flops": run.training + run.generation}
-    for name, value in flops.items():
-        client.log_metric(run.run_id, f"cost/{name}", value)
 
 
 # The result.
@@ -308,7 +302,8 @@ def measured(study: AblationConfig, found: Mapping[str, Sequence[Artifact]], run
     data = ablation.AblationData(
         study.name, study.recipe, study.reference, recipe.evaluation.split, study.seeds, study.arms, study.overrides,
         date.today().isoformat(), run_id, tuple(scores(found)),
-        tuple(differences(study, found, recipe.evaluation.bootstrap)), runs)  # fmt: skip
+        tuple(differences(study, found, recipe.evaluation.bootstrap)), runs,
+        shares=tuple(shares(study, found, recipe.evaluation.bootstrap)))  # fmt: skip
     return replace(data, notes=tuple(ablation.unequal(data)))
 
 
@@ -345,6 +340,21 @@ def differences(study: AblationConfig, found: Mapping[str, Sequence[Artifact]], 
             for pair, tasks in results for task, one in tasks.items()]  # fmt: skip
 
 
+def shares(study: AblationConfig, found: Mapping[str, Sequence[Artifact]], resamples: int) -> Iterator[Share]:
+    """How much of the ceiling each arm reaches, where the study names one."""
+    from sicog_exp.evaluation.compare import ceiling_shares
+    from sicog_exp.reporting.ablation import Share
+
+    if not study.ceiling:
+        return
+    floor, bound = study.ceiling.before, study.ceiling.after
+    for arm in (arm for arm in study.arms if arm not in (floor, bound)):
+        ends = [_evaluations(found, end) for end in (floor, arm, bound)]
+        for task, share in ceiling_shares(*ends, resamples).items():
+            if share:
+                yield Share(arm, task, share.mean, share.low, share.high)
+
+
 def _evaluations(found: Mapping[str, Sequence[Artifact]], end: str) -> list[Path]:
     """Seed by seed the evaluation folder of a pair's end."""
     arm, generation = end_of(end)
@@ -354,13 +364,14 @@ def _evaluations(found: Mapping[str, Sequence[Artifact]], end: str) -> list[Path
 
 def arm_run(finished: Artifact, arm: str, seed: int) -> ArmRun:
     """The FLOPs of a finished run by stage, from the facts of the artifacts that it is made of."""
+    from sicog_exp.reporting import collect, costs
     from sicog_exp.reporting.ablation import ArmRun
 
     summary, store = _summary(finished), Store(finished.path.parent)
-    stages: dict[str, float] = {}
-    for artifact in (store.read(name) for name in summary["artifacts"]):
-        if artifact.facts.get("flops"):
-            stages[artifact.name] = stages.get(artifact.name, 0.0) + artifact.facts["flops"]
-    sampled = sum(flops for stage, flops in stages.items() if stage.startswith(SAMPLING))
-    trained = sum(flops for stage, flops in stages.items() if not stage.startswith((*SAMPLING, SCORING)))
-    return ArmRun(arm, seed, summary["run_id"], stages, trained, sampled)
+    rows = collect.cost_rows([(0, store.read(name)) for name in summary["artifacts"]])
+    stages: dict[str, float] = defaultdict(float)
+    for row in rows:
+        if row.flops:
+            stages[row.stage] += row.flops
+    (made,) = costs.cumulative(rows)
+    return ArmRun(arm, seed, summary["run_id"], stages, made.trained, made.flops - made.trained)

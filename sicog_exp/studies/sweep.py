@@ -356,6 +356,7 @@ class Attempt:
         from sicog_exp.evaluation import compare
         from sicog_exp.planning.plan import expected_work
         from sicog_exp.progress import Display
+        from sicog_exp.reporting import collect, costs
         from sicog_exp.runner import Runner
         from sicog_exp.store import Store
 
@@ -365,8 +366,9 @@ class Attempt:
         table = compare.score_table(lineage.generations[-1].scores.path, recipe.evaluation.bootstrap)
         measured = compare.metrics(table)
         measured["eval/mean/accuracy"] = sum(score.overall.mean for score in table.values()) / len(table)
-        for cost in ("flops", "seconds"):
-            measured[f"cost/{cost}"] = sum(artifact.facts.get(cost, 0.0) for _, artifact in runner.done)
+        rows = collect.cost_rows(runner.done)
+        measured["cost/flops"] = costs.cumulative(rows)[-1].flops
+        measured["cost/seconds"] = sum(row.seconds for row in rows)
         tracker.log_metrics(tracker.run_id, measured, rung)
         return measured
 

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
 
-from sicog_exp.evaluation.statistics import StatisticsError, holm, interval, join, paired, paired_pooled
+from sicog_exp.evaluation.statistics import (
+    StatisticsError,
+    gain_share,
+    holm,
+    interval,
+    join,
+    paired,
+    paired_pooled,
+)
 
 
 @st.composite
@@ -195,3 +203,20 @@ def test_two_thousand_resamples_of_500_images_are_quick():
         interval(scores, clusters, 2000)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.1
+
+
+def test_a_share_of_a_possible_gain_comes_from_resampling_both_at_once():
+    rng = np.random.default_rng(0)
+    images = np.repeat(np.arange(200), 4)
+    limits = rng.normal(0.1, 0.3, 800)
+    whole = gain_share(limits, limits, images)
+    assert (whole.mean, whole.low, whole.high) == (1.0, 1.0, 1.0)
+    half = gain_share(limits / 2 + rng.normal(0, 0.1, 800), limits, images)
+    assert half.low < 0.5 < half.high < half.low + 0.5
+    assert (half.n, half.clusters) == (800, 200)
+
+
+def test_no_share_of_a_limit_that_may_be_zero():
+    limits = np.tile([1.0, -1.0], 50)
+    with pytest.raises(StatisticsError, match="not clearly above 0"):
+        gain_share(limits, limits, np.arange(100))

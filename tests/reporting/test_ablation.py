@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sicog_exp.reporting import ablation
-from sicog_exp.reporting.ablation import AblationData, ArmRun, Difference, Score
+from sicog_exp.reporting.ablation import AblationData, ArmRun, Difference, Score, Share
 
 
 def demo() -> AblationData:
@@ -62,6 +62,13 @@ def test_the_data_come_back_as_they_were_and_the_files_are_the_same_each_time(tm
         (tmp_path / name).mkdir()
         made.append([path.read_bytes() for path in ablation.write(demo(), tmp_path / name)])
     assert made[0] == made[1]
+
+
+def test_shares_of_the_ceiling_have_a_table_of_their_own() -> None:
+    shared = replace(demo(), shares=(Share("less <b>", "world", 0.47, 0.2, 0.75),))
+    (table,) = [sheet for sheet in ablation.sheets(shared) if sheet.title.startswith("Share of the ceiling")]
+    assert (table.columns, table.rows) == (("arm", "world"), (("less <b>", "47% [20%, 75%]"),))
+    assert ablation.from_json(ablation.to_json(shared)) == shared
 
 
 def test_one_seed_has_no_standard_deviation() -> None:

@@ -231,6 +231,8 @@ def test_mlflow_holds_a_tagged_run_for_every_arm_and_seed(studied: Studied) -> N
         assert run.data.metrics["cost/flops"] == pytest.approx(one.training + one.generation)
         assert run.data.metrics["cost/training_flops"] == pytest.approx(one.training)
         assert "eval/sicog_world_direct/accuracy" in run.data.metrics
+        points = MlflowClient(f"sqlite:///{studied.folder}/mlflow.db").get_metric_history(run.info.run_id, "cost/flops")
+        assert [point.step for point in points] == [0, 1]
     generations = [run for run in studied.runs("generation") if run.data.tags["sicog.arm"] == "random"]
     assert {run.data.tags["sicog.generation"] for run in generations} == {"0", "1"}
     client = MlflowClient(f"sqlite:///{studied.folder}/mlflow.db")
@@ -343,6 +345,20 @@ def test_differences_are_after_less_before_pooled_over_seeds_and_corrected_withi
     for task in tasks:
         assert [d.holm_p for d in made if d.task == task] == pytest.approx(holm([d.p for d in made if d.task == task]))
     assert made[0].difference > 0.2
+
+
+def test_arms_reach_shares_of_the_ceiling_where_the_study_names_one(tmp_path: Path) -> None:
+    right = {"chance": 10, "chosen": 25, "bound": 40}  # of 80 answers; task b leaves no room
+    found = {arm: [finished(tmp_path / f"{arm}{seed}", [{"a": [float(i < n) for i in range(80)], "b": [1.0] * 80}])
+                   for seed in (0, 1)] for arm, n in right.items()}  # fmt: skip
+    study = AblationConfig("s", "r.yaml", "chance", dict.fromkeys(right, ()), seeds=(0, 1),
+                           ceiling=Pair("chance", "bound"))  # fmt: skip
+    (share,) = ablate.shares(study, found, 500)
+    assert (share.arm, share.task, share.share) == ("chosen", "a", pytest.approx(0.5))
+    assert 0.2 < share.low < 0.5 < share.high < 0.8
+    assert list(ablate.shares(replace(study, ceiling=None), found, 500)) == []
+    with pytest.raises(RecipeError, match="ceiling: truth: no such arm"):
+        replace(study, ceiling=Pair("chance", "truth"))
 
 
 def test_a_place_for_the_result_that_cannot_be_written_is_named(tmp_path: Path) -> None:
