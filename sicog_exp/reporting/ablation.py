@@ -289,7 +289,8 @@ def draw(data: AblationData, path: Path) -> None:
     labels = list(dict.fromkeys(d.label for d in data.differences))
     size = (2.5 + 3 * len(data.tasks), 1.4 + 0.32 * len(labels))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(data.tasks), sharey=True, squeeze=False)[0]
+    # One scale for all tasks: a tenth of a point must not look like ten.
+    panels = figure.subplots(1, len(data.tasks), sharex=True, sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, data.tasks, strict=True):
         _panel(axes, [d for d in data.differences if d.task == task])
         axes.set_title(task, fontsize=9)
