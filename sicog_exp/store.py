@@ -232,7 +232,8 @@ class Store:
         try:
             with clock:
                 step.run(step.config, step.inputs, workplace)
-            facts = {**workplace.facts, **clock.facts(), **_peaks()}
+            largest = {name: max(value, workplace.facts.get(name, 0)) for name, value in peaks().items()}
+            facts = {**workplace.facts, **clock.facts(), **largest}
             manifest = {**step.identity, "fingerprint": step.fingerprint, "outputs": checksums(partial),
                         "facts": facts, "device": workplace.device, "made_by": tracked_run,
                         **_environment()}  # fmt: skip
@@ -351,7 +352,7 @@ def _reset_peaks() -> None:
         gpus.reset_peak_memory_stats(i)
 
 
-def _peaks() -> dict[str, float]:
+def peaks() -> dict[str, float]:
     """The largest resident memory since `_reset_peaks` (Linux counts it in KB), and that of the fullest GPU, in MB."""
     peaks, gpus = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}, _gpus()
     on_gpu = max((gpus.max_memory_allocated(i) for i in range(gpus.device_count())), default=0) if gpus else 0
