@@ -16,6 +16,10 @@ class Terminated(BaseException):
     """SIGTERM arrived. No Exception: nothing that goes on after errors goes on after it."""
 
 
+INTERRUPTIONS = (KeyboardInterrupt, Terminated)
+"""What ends a run from outside, and is no failure of it."""
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """Inside, SIGTERM raises Terminated in the main thread, once: locks are freed and temporary files removed."""

@@ -625,8 +625,8 @@ class Recipe:
         ranks = self.model.ranks
         for name in ("develop", "preference", "align", "pretrain", "instruct"):
             stage = getattr(self, name)
-            _require(stage.steps == 0 or stage.batch_size % ranks == 0, f"{name}.batch_size={stage.batch_size}: must be "
-                     f"a multiple of model.devices x model.nodes = {ranks}, so that devices have as many rows each")
+            _require(stage.steps == 0 or stage.batch_size % ranks == 0, f"{name}.batch_size={stage.batch_size}: must "
+                     f"be a multiple of model.devices x model.nodes = {ranks}, so that all have as many rows")
             whole = not stage.lora_4bit and stage.optimizer == "adamw"
             _require(stage.steps == 0 or self.model.strategy != "fsdp" or whole, f"{name}.lora_4bit={stage.lora_4bit}, "
                      f"{name}.optimizer={stage.optimizer}: weights and moments in few bits are not shared out; leave "

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,8 @@ def _environment() -> dict[str, str]:
 def _watch(process: subprocess.Popen, folder: Path, workplace: Workplace) -> None:
     shown: Sequence[int] = ()
     while True:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(LOOK_EVERY)
-        except subprocess.TimeoutExpired:
-            pass
         found = read_progress(folder)
         if found and found != shown and workplace.progress:
             workplace.progress(*found)

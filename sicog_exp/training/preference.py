@@ -28,8 +28,8 @@ from sicog_exp.recipe import ModelConfig, PreferenceConfig, RecipeError
 from sicog_exp.records import Record, read_records
 from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, fit
-from sicog_exp.training.modules import Means, SupervisedFineTuning
 from sicog_exp.training.launch import launch
+from sicog_exp.training.modules import Means, SupervisedFineTuning
 from sicog_exp.training.stages import in_4bit, step_logger, trained_flops, trained_model
 
 if TYPE_CHECKING:

@@ -78,7 +78,9 @@ def _reporter(folder: Path) -> Any:
 
 def _die_with_the_parent() -> None:
     """The pipe behind standard input ends when the process that holds its other end does, however it ended."""
-    sys.stdin.buffer.read()
+    # not by sys.stdin, whose lock the interpreter would find taken at its end
+    while os.read(0, 1):
+        pass
     os._exit(EXIT_CODE)
 
 
