@@ -237,6 +237,9 @@ class SupervisedFineTuning(Stage):
             return
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        # Else a micro-batch of text alone would skip layers' gradients where those before them are frozen, and their
+        # exchange with them: ranks would exchange different things at once.
+        self.model.enable_input_require_grads()
         mesh = strategy.device_mesh["data_parallel"]
         for layer in decoder_layers(self.model):
             fully_shard(layer, mesh=mesh)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import threading
 import time
@@ -78,6 +79,8 @@ def _reporter(folder: Path) -> Any:
 
 def _die_with_the_parent() -> None:
     """The pipe behind standard input ends when the process that holds its other end does, however it ended."""
+    if not stat.S_ISFIFO(os.fstat(0).st_mode):
+        return  # an srun that hands no input on ends its tasks itself
     # not by sys.stdin, whose lock the interpreter would find taken at its end
     while os.read(0, 1):
         pass

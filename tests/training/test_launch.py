@@ -86,8 +86,9 @@ SRUN = """#!/bin/sh
 # Stands for SLURM's: one task a node, here all on one machine.
 echo "$@" >> "$0.said"
 while [ "${1#--}" != "$1" ]; do shift; done
-"$@" & first=$!
-"$@" & second=$!
+exec 3<&0
+"$@" <&3 & first=$!
+"$@" <&3 & second=$!
 wait $first && wait $second
 """
 
