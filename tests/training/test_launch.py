@@ -112,7 +112,7 @@ def test_two_machines_train_adapters_as_one_process(tiny_model: Path, folder: Pa
 def test_what_a_rank_says_is_what_the_step_says(tiny_model: Path, folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """The rows of the step that broke are kept by every rank."""
     wild = step(tiny_model, folder, two("ddp"), language_lr=1e30, clip_norm=1e30)
-    with pytest.raises(LaunchError, match=r"training step [1-3]: loss (nan|inf).*nothing of it is applied; its rows \("):
+    with pytest.raises(LaunchError, match=r"training step [1-3]: loss (nan|inf).*nothing of it is applied; its rows"):
         Store(tmp_path).run(wild)
     kept = sorted(tmp_path.glob("*.partial/scratch/diverged-*.json"))
     assert [path.stem[-1] for path in kept] == ["0", "1"]
