@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 from sicog_exp.recipe import ModelConfig, Recipe, RecipeError
 
 
@@ -22,6 +25,15 @@ def check_device(model: ModelConfig) -> None:
     if model.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("model.device=cuda: torch sees no GPU here; use model.device=auto or cpu, or mend the driver "
                           "(`sicog doctor` shows what torch sees)")  # fmt: skip
+    seen = torch.cuda.device_count()
+    if model.torch_device == "cuda" and model.devices > seen:
+        raise RecipeError(f"model.devices={model.devices}: torch sees {seen} here; lower it, or set "
+                          "CUDA_VISIBLE_DEVICES")  # fmt: skip
+    given = int(os.environ.get("SLURM_JOB_NUM_NODES", "0"))
+    if model.nodes > 1 and (given < model.nodes or not shutil.which("srun")):
+        raise RecipeError(f"model.nodes={model.nodes}: needs `srun` and a SLURM job with as many nodes, and this "
+                          + (f"one has {given}" if given else "is none")
+                          + "; submit it with `#SBATCH --nodes` (docs/cluster.md), or set model.nodes=1")  # fmt: skip
 
 
 def check_packages(recipe: Recipe) -> None:

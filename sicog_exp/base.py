@@ -76,6 +76,9 @@ class BaseRecipe:
         if self.turns < 1 or not 0 <= self.text_share <= 1:
             raise RecipeError(f"turns={self.turns}, text_share={self.text_share}: need a turn or more, and a share "
                               "between 0 and 1")  # fmt: skip
+        if self.model.ranks > 1:
+            raise RecipeError(f"model.devices={self.model.devices}, model.nodes={self.model.nodes}: the embedded base "
+                              "trains on one device; leave both out")  # fmt: skip
 
 
 @dataclass(frozen=True)

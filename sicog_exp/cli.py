@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sicog_exp.interruption import EXIT_CODE, Terminated, terminable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -222,10 +224,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "data": _check_data, "ablate": _ablate, "sweep": _sweep, "compare": _compare, "export": _export,
                     "report": _report, "plan": _plan, "benchmarks": _run_benchmarks, "keys": _keys,
                     "doctor": _doctor, "ui": _ui}  # fmt: skip
-        return commands[args.command](args)
+        with terminable():
+            return commands[args.command](args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
         return 130
+    except Terminated as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return EXIT_CODE
     except Exception as error:
         if not _is_for_users(error):
             raise

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sicog_exp import cleandata, loop, origins
 from sicog_exp.ahead import check_ahead, left_out
+from sicog_exp.interruption import INTERRUPTIONS
 from sicog_exp.planning.plan import expected_work
 from sicog_exp.progress import Display
 from sicog_exp.recipe import PlanConfig, Recipe, RecipeError
@@ -91,7 +92,7 @@ def _run(recipe: Recipe, store: Store, workplace: Workplace, console: Console, p
             lineage = loop.iterate(recipe, runner)
         _conclude(recipe, lineage, runner, workplace, time.time() - started)
     except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        tracker.finish("KILLED" if isinstance(error, INTERRUPTIONS) else "FAILED")
         raise
     tracker.finish()
 

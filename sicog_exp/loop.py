@@ -213,7 +213,7 @@ def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workpla
     from sicog_exp.evaluation import benchmarks
     from sicog_exp.evaluation.answers import KeptAnswers
     from sicog_exp.evaluation.suites import load_suite
-    from sicog_exp.generation.transformers_engine import TransformersEngine
+    from sicog_exp.generation.transformers_engine import TransformersEngine, halvings
     from sicog_exp.models.loading import work_of
 
     engine = TransformersEngine.from_recipe(inputs["model"].path, task.model)
@@ -223,5 +223,5 @@ def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workpla
                                  task.evaluation.split)  # fmt: skip
     workplace.device = task.model.device_name
     workplace.add(samples=sum(score.n for score in scores.tasks.values()),
-                  model_seconds=engine.busy_seconds + kept.kept_seconds,
+                  model_seconds=engine.busy_seconds + kept.kept_seconds, **halvings(engine),
                   **work_of(engine.model).of_sampling(kept.counted))  # fmt: skip

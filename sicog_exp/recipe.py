@@ -108,6 +108,14 @@ class ModelConfig:
     """Lightning precision for training, and the dtype of generation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where training and generation run."""
+    devices: int = 1
+    """Devices of each machine that train together, a process each; every step's rows are shared out among them.
+    Sampling and evaluation use one."""
+    nodes: int = 1
+    """Machines that train together; more than 1 need a SLURM job with as many (docs/cluster.md)."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices train: each with the whole model (`ddp`, which `auto` is), or with a share of its weights,
+    gradients and optimizer state (`fsdp`)."""
     threads: int = 2
     """CPU cores. Micro-batches and sampling batches run side by side, a core each, with the same bits for any number; a
     stage whose batch is one micro-batch uses all cores together, and then the last bits depend on it."""
@@ -120,11 +128,18 @@ class ModelConfig:
     """Compute activations again in the backward pass instead of keeping them: less memory, more time, equal bits."""
 
     def __post_init__(self) -> None:
-        _positive(self, "threads", "image_pixels")
+        _positive(self, "threads", "image_pixels", "devices", "nodes")
+        _require(self.ranks > 1 or self.strategy == "auto", f"model.strategy={self.strategy}: there is one device; set "
+                 "model.devices or model.nodes above 1, or leave the strategy out")  # fmt: skip
         both = (self.language is None) == (self.vision is None)
         _require(both, "model.language and model.vision: a model is made of both or of neither; name the other too")
         _require(self.language is None or self.base == "embedded", f"model.base={self.base}: leave it out, the base is "
                  "made of model.language and model.vision")  # fmt: skip
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together."""
+        return self.devices * self.nodes
 
     @property
     def generation_dtype(self) -> str:
@@ -587,6 +602,7 @@ class Recipe:
                  "sampling.dd, sampling.cot or sampling.direct above 0, or self_data=false")  # fmt: skip
         self._check_start()
         self._check_pairs()
+        self._check_ranks()
         watched = self.self_data and self.tracking.collapse_alarm > 0
         _require(not self.stop.collapse or watched, "stop.collapse=true: the alarm never rings with self_data=false or "
                  "tracking.collapse_alarm=0; change these, or leave stop.collapse out")  # fmt: skip
@@ -603,6 +619,18 @@ class Recipe:
         low_score = self.self_data and self.preference.steps > 0 and self.preference.rejected == "low_score"
         _require(several or not low_score, "preference.rejected=low_score needs two candidates of one kind: set "
                  "sampling.cod or sampling.cot to 2 or more, or preference.rejected=corrupted")  # fmt: skip
+
+    def _check_ranks(self) -> None:
+        """That every device gets as many rows of a step, and a stage nothing that shards cannot hold."""
+        ranks = self.model.ranks
+        for name in ("develop", "preference", "align", "pretrain", "instruct"):
+            stage = getattr(self, name)
+            _require(stage.steps == 0 or stage.batch_size % ranks == 0, f"{name}.batch_size={stage.batch_size}: must "
+                     f"be a multiple of model.devices x model.nodes = {ranks}, so that all have as many rows")
+            whole = not stage.lora_4bit and stage.optimizer == "adamw"
+            _require(stage.steps == 0 or self.model.strategy != "fsdp" or whole, f"{name}.lora_4bit={stage.lora_4bit}, "
+                     f"{name}.optimizer={stage.optimizer}: weights and moments in few bits are not shared out; leave "
+                     "these out, or set model.strategy=ddp")  # fmt: skip
 
     @property
     def is_upper_bound(self) -> bool:

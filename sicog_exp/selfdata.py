@@ -75,7 +75,7 @@ def items_of(inputs: Mapping[str, Artifact]) -> RecordFile:
 def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Sample candidates for the items of one group into `candidates.jsonl`."""
     from sicog_exp.generation.pool import generate_pool
-    from sicog_exp.generation.transformers_engine import TransformersEngine
+    from sicog_exp.generation.transformers_engine import TransformersEngine, halvings
     from sicog_exp.models.loading import work_of
 
     engine = TransformersEngine.from_recipe(inputs["generator"].path, task.model)
@@ -86,7 +86,7 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
                           workplace.progress)  # fmt: skip
     workplace.device = task.model.device_name
     workplace.add(samples=facts["candidates"], model_seconds=facts["seconds"],
-                  **work_of(engine.model).of_sampling(facts))  # fmt: skip
+                  **halvings(engine), **work_of(engine.model).of_sampling(facts))  # fmt: skip
 
 
 def sample_pools(task: PoolTask, generators: Mapping[Group, Artifact], inputs: Mapping[str, Artifact],

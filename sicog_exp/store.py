@@ -17,6 +17,7 @@ import os
 import platform
 import resource
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MANIFEST = "manifest.json"
 SCRATCH = "scratch"
@@ -33,6 +34,8 @@ CLOCK = "seconds"
 """File of scratch with the seconds that the step has taken, over all attempts."""
 FULL_BELOW = 1_000_000
 """Free bytes under which a failed write is blamed on the disk."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of writes for which there is no room."""
 RECORDED_LIBRARIES = ("sicog-exp", "torch", "transformers", "lightning", "lmms-eval", "datasets", "numpy")
 
 
@@ -102,6 +105,7 @@ class Artifact:
         """What the step measured while it ran.
 
         `seconds` and `earlier_seconds` (those of attempts that were killed), `peak_mb` and `peak_gpu_mb` of every step;
+        of one whose batches did not fit into memory `halved_batches`;
         of one that a model computes `samples`, `tokens` (`prompt_tokens`, of which `image_tokens`, and `new_tokens`:
         sampled ones or those that training predicts), `flops` and `model_seconds`, all of the work that was kept.
         """
@@ -217,7 +221,8 @@ class Store:
         return damage is None
 
     def run(self, step: Step, progress: Progress | None = None, tracked_run: str = "") -> Artifact:
-        """The step's artifact, made now unless it exists. Raises StoreError when the disk is full."""
+        """The step's artifact, made now unless it exists. Raises StoreError when the disk is full, or the store another
+        user's alone."""
         path = self.path_of(step)
         with self._lock(path):
             return self._read(path) if self._whole(path) else self._make(step, progress, tracked_run)
@@ -225,28 +230,32 @@ class Store:
     def _make(self, step: Step, progress: Progress | None, tracked_run: str) -> Artifact:
         partial = _sibling(self.path_of(step), ".partial")
         scratch = partial / SCRATCH
-        scratch.mkdir(parents=True, exist_ok=True)
-        clock = _Clock(scratch / CLOCK, progress)
-        workplace = Workplace(partial, scratch, progress=clock.advance, tracked_run=tracked_run)
-        _reset_peaks()
         try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            clock = _Clock(scratch / CLOCK, progress)
+            workplace = Workplace(partial, scratch, progress=clock.advance, tracked_run=tracked_run)
+            _reset_peaks()
             with clock:
                 step.run(step.config, step.inputs, workplace)
-            facts = {**workplace.facts, **clock.facts(), **_peaks()}
+            largest = {name: max(value, workplace.facts.get(name, 0)) for name, value in peaks().items()}
+            facts = {**workplace.facts, **clock.facts(), **largest}
             manifest = {**step.identity, "fingerprint": step.fingerprint, "outputs": checksums(partial),
                         "facts": facts, "device": workplace.device, "made_by": tracked_run,
                         **_environment()}  # fmt: skip
             self._publish(partial, self.path_of(step), manifest)
+        except StoreError:  # of a step inside this one
+            raise
         except Exception as error:
-            if _disk_full(error, partial):
-                raise StoreError(f"disk full while step {step.name} wrote to {partial}: free some space and run the "
-                                 "same command again; it continues") from error  # fmt: skip
+            if disk_full(error, self.root):
+                raise StoreError(f"disk full while step {step.name} wrote to {partial} ({_room(error, self.root)}): "
+                                 "free some space and run the same command again; it continues") from error
             raise
         return Artifact(self.path_of(step), manifest, cached=False)
 
     @staticmethod
     def _publish(partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         for file in partial.rglob("*"):
+            _let_read(file, final.parent)
             _fsync(file)
         text = json.dumps(manifest, indent=1, sort_keys=True)
         # Scratch is no output: a manifest half written there by a killed run is never taken for one.
@@ -276,29 +285,78 @@ class Store:
     @contextmanager
     def _lock(self, artifact: Path) -> Iterator[None]:
         """One process at a time on one step; the kernel frees a dead owner's lock. The file names the owner."""
-        path = _sibling(artifact, ".lock")
-        with path.open("a+") as file:
+        with _shared_as(self.root), self._lock_file(_sibling(artifact, ".lock")) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                print(f"store: waiting for {artifact.name}, which process {file.read().strip() or '?'} is running")
+                owner = file.read().decode().strip() or "?"
+                print(f"store: waiting for {artifact.name}, which process {owner} is running")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            with suppress(OSError):  # on a full disk the lock holds without its owner's name
+                file.seek(0)
+                file.truncate()
+                file.write(str(os.getpid()).encode())
             yield
+
+    def _lock_file(self, path: Path) -> IO[bytes]:
+        try:
+            # O_CREAT on another user's file is refused in some shared folders (sysctl fs.protected_regular)
+            descriptor = os.open(path, os.O_RDWR | (0 if path.exists() else os.O_CREAT), 0o666)
+            return os.fdopen(descriptor, "r+b", buffering=0)
+        except PermissionError:
+            raise StoreError(f"{path}: user {os.getuid()} may not write there. Let the owner share the store, once: "
+                             f"chgrp -R GROUP {self.root}; chmod -R g+rwX {self.root}; find {self.root} -type d -exec "
+                             "chmod g+s {} +; or name a store of your own") from None  # fmt: skip
+        except OSError as error:
+            if disk_full(error, self.root):
+                raise StoreError(f"disk full: {path} cannot be made ({_room(error, self.root)}); free some space and "
+                                 "run the same command again; it continues") from error  # fmt: skip
+            raise
 
 
 def _sibling(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _disk_full(error: Exception, folder: Path) -> bool:
-    """Whether a full disk is behind the error; torch's and safetensors' writers raise errors of their own."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+def disk_full(error: BaseException | None, folder: Path) -> bool:
+    """Whether a full disk, a quota or a limit on a file's size is behind the error or its causes; torch's, safetensors'
+    and SQLite's writers raise errors of their own."""
+    if error is None:
+        return False
+    if getattr(error, "errno", None) in FULL or "database or disk is full" in str(error):
         return True
-    return not isinstance(error, OSError) and shutil.disk_usage(folder).free < FULL_BELOW
+    full = not isinstance(error, OSError) and shutil.disk_usage(folder).free < FULL_BELOW
+    return full or disk_full(error.__cause__ or error.__context__, folder)
+
+
+def _room(error: BaseException, folder: Path) -> str:
+    """What there is, and what there is not."""
+    if getattr(error, "errno", None) == errno.EFBIG:
+        return f"a file reached the process's limit of {resource.getrlimit(resource.RLIMIT_FSIZE)[0] / 1e6:.1f} MB"
+    if "database or disk is full" in str(error):
+        return "the tracking store's"
+    return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
+
+
+@contextmanager
+def _shared_as(root: Path) -> Iterator[None]:
+    """Inside, what is made is the group's as much as the root is: who continues another user's step writes in it."""
+    mode = root.stat().st_mode
+    group = mode & stat.S_IRWXG if mode & stat.S_IWGRP else 0
+    before = os.umask(0o077)
+    os.umask(before & ~group)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _let_read(file: Path, root: Path) -> None:
+    """Who can read the store can read the file: some libraries write files that only their owner can."""
+    found = file.stat()
+    if found.st_uid == os.getuid():
+        file.chmod(stat.S_IMODE(found.st_mode) | root.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
 
 
 def _fsync(path: Path) -> None:
@@ -351,7 +409,7 @@ def _reset_peaks() -> None:
         gpus.reset_peak_memory_stats(i)
 
 
-def _peaks() -> dict[str, float]:
+def peaks() -> dict[str, float]:
     """The largest resident memory since `_reset_peaks` (Linux counts it in KB), and that of the fullest GPU, in MB."""
     peaks, gpus = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}, _gpus()
     on_gpu = max((gpus.max_memory_allocated(i) for i in range(gpus.device_count())), default=0) if gpus else 0

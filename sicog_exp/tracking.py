@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sicog_exp.interruption import INTERRUPTIONS
 from sicog_exp.recipe import Recipe, RecipeError, TrackingConfig, to_yaml
 from sicog_exp.store import Artifact, Step
 
@@ -270,7 +271,7 @@ class Tracker:
 
     def fail_step(self, run_id: str, error: BaseException) -> None:
         self.client.set_tag(run_id, "sicog.error", str(error)[:500])
-        self.client.set_terminated(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        self.client.set_terminated(run_id, "KILLED" if isinstance(error, INTERRUPTIONS) else "FAILED")
 
     def link_cached(self, step: Step, generation: int, artifact: Artifact) -> None:
         """A finished step is not run again: its run here points to the one that made it."""

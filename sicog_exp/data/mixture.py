@@ -31,11 +31,12 @@ class MixtureError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenized example with its image tensors; `source` names where it came from."""
+    """One tokenized example with its image tensors; `source` names where it came from, `id` the record."""
 
     example: Example
     image_inputs: Mapping[str, torch.Tensor] | None
     source: str
+    id: str = ""
 
 
 class Source(Protocol):
@@ -97,6 +98,7 @@ class RecordSource:
         self.too_long: list[str] = []
         encoded = [(record.id, row) for record in records if (row := self._encode(record, max_length))]
         self._rows = [row for _, row in encoded]
+        self._ids = [id for id, _ in encoded]
         self.rows: int | None = len(self._rows)
         self.weights = [weights[id] for id, _ in encoded] if weights else None
 
@@ -109,7 +111,7 @@ class RecordSource:
 
     def row(self, index: int) -> Row:
         example, images = self._rows[index]
-        return Row(example, self._images.of(images), self.name)
+        return Row(example, self._images.of(images), self.name, self._ids[index])
 
 
 def capped(records: Sequence[Record], source: str, caps: CapsConfig, seed: int) -> list[Record]:
@@ -179,14 +181,15 @@ class Mixture:
         weights = self._weights.get(source.name)
         return rng.permutation(source.rows or 0) if weights is None else weighted_order(weights, rng)
 
-    def rows(self, first: int, count: int) -> list[Row]:
-        return [self.sources[number].row(index) for number, index in map(self.locate, range(first, first + count))]
+    def rows(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> list[Row]:
+        slots = range(first + rank, first + count, ranks)
+        return [self.sources[number].row(index) for number, index in map(self.locate, slots)]
 
-    def steps(self, first_step: int, batch_size: int) -> Iterator[list[Row]]:
-        """The rows of every optimizer step from `first_step` on, without end."""
+    def steps(self, first_step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Row]]:
+        """The rows of every optimizer step from `first_step` on, without end; or one rank's share of each."""
         step = first_step
         while True:
-            yield self.rows(step * batch_size, batch_size)
+            yield self.rows(step * batch_size, batch_size, rank, ranks)
             step += 1
 
 
@@ -235,6 +238,7 @@ def pack(bins: Sequence[Sequence[Row]], pad_id: int) -> dict[str, Any]:
         batch["segments"][i, place] = segment
         filled[i] += n
     batch["sources"] = [row.source for _, row in samples]
+    batch["ids"] = [row.id for _, row in samples]
     return batch | join_images([row.image_inputs for _, row in samples if row.image_inputs is not None])
 
 

@@ -34,7 +34,7 @@ class PairSource:
         self._pairs = [pair for both in records if (pair := self._encode(*both))]
         self.rows: int | None = len(self._pairs)
 
-    def _encode(self, chosen: Record, rejected: Record) -> tuple[tuple[str, ...], Example, Example] | None:
+    def _encode(self, chosen: Record, rejected: Record) -> tuple[tuple[str, ...], Example, Example, str] | None:
         inputs, length = self._images.of(chosen.images), self._max_length
         try:
             one, other = (self._encoder.example(r.messages, inputs, length) for r in (chosen, rejected))
@@ -43,16 +43,16 @@ class PairSource:
         if one.input_ids == other.input_ids:
             self.too_long.append(chosen.id)
             return None
-        return chosen.images, one, other
+        return chosen.images, one, other, chosen.id
 
     def pair(self, index: int) -> Pair:
-        images, chosen, rejected = self._pairs[index]
+        images, chosen, rejected, id = self._pairs[index]
         inputs = self._images.of(images)
-        return Pair(Row(chosen, inputs, SOURCE), Row(rejected, inputs, SOURCE))
+        return Pair(Row(chosen, inputs, SOURCE, id), Row(rejected, inputs, SOURCE, id))
 
     def examples(self, index: int) -> tuple[Example, Example]:
         """The tokens alone, chosen first."""
-        return self._pairs[index][1:]
+        return self._pairs[index][1:3]
 
     def row(self, index: int) -> Row:
         return self.pair(index).chosen

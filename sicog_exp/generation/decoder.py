@@ -95,6 +95,12 @@ class Drawn:
     stopped: Tensor
 
 
+def joined(parts: Sequence[Drawn]) -> Drawn:
+    """The candidates of several batches as one, in order."""
+    return Drawn(*(torch.cat([getattr(part, name) for part in parts])
+                   for name in ("tokens", "lengths", "logprobs", "stopped")))  # fmt: skip
+
+
 def noise(seeds: Sequence[int], count: int) -> Tensor:
     """Uniform numbers (len(seeds), count) in [0, 1): a row depends on its seed alone, a longer row begins the same."""
     rows = [np.random.Generator(np.random.PCG64(seed)).random(count, dtype=np.float32) for seed in seeds]

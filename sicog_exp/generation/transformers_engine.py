@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sicog_exp.data.chat import ChatEncoder, ImageInputs, join_images, to_chat
 from sicog_exp.data.images import ImageError, open_image
-from sicog_exp.generation.decoder import Decoder, Drawn, Prompts, noise
+from sicog_exp.generation.decoder import Decoder, Drawn, Prompts, joined, noise
 from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
+from sicog_exp.generation.memory import Halving
 from sicog_exp.generation.requests import EngineError, check_decoding, check_requests, cut, keys_of
 from sicog_exp.models.families import GRIDS, image_features, positions, shares_features, token_types
 from sicog_exp.models.loading import ModelSource, load_model
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sicog_exp.recipe import ModelConfig
 
 MAX_PIXELS = 50_000_000
+SMALLER = "lower sampling.max_new_tokens or model.image_pixels, set model.precision=bf16-true, or take a smaller model"
 LIKELIHOOD_BATCH = 32
 """Sequences per forward pass of `log_likelihood`."""
 
@@ -47,6 +49,13 @@ class _Inputs:
         return [{name: value for name, value in self.images[image].items() if names is None or name in names}
                 for image in self.shown]  # fmt: skip
 
+    def only(self, prompts: Sequence[int], batch: Sequence[Request]) -> _Inputs:
+        """Some of the prompts, by their number in the batch."""
+        picture = dict(zip([i for i, request in enumerate(batch) if request.images], self.shown, strict=True))
+        shown = [picture[i] for i in prompts if i in picture]
+        kept = list(dict.fromkeys(shown))
+        return _Inputs([self.ids[i] for i in prompts], [self.images[i] for i in kept], [kept.index(i) for i in shown])
+
 
 @dataclass
 class _Prepared:
@@ -59,6 +68,16 @@ class _Prepared:
     decoding: Decoding
 
 
+    def only(self, chosen: Sequence[int]) -> _Prepared:
+        """Some of the candidates, by their number, in order."""
+        owner = [place for place, request in enumerate(self.batch) for _ in range(request.count)]
+        counts = Counter(owner[number] for number in chosen)
+        batch = [replace(self.batch[place], count=count) for place, count in counts.items()]
+        seeds = [self.seeds[number] for number in chosen]
+        return _Prepared(batch, self.inputs.only(list(counts), self.batch), seeds, self.uniforms[list(chosen)],
+                         self.decoding)  # fmt: skip
+
+
 class TransformersEngine:
     """Samples from an image-text-to-text model of transformers.
 
@@ -66,6 +85,7 @@ class TransformersEngine:
     at the embedded size, where both cores on each batch reach 0.88 (benchmarks/2026-11-24-cores.md). Candidates' bits
     do not depend on `threads`. `busy_seconds` is the time for which callers waited, `counted` what was computed for
     them: prompt_tokens, image_tokens and encoded_tokens (see `Sampled`), new_tokens.
+    A batch that does not fit into memory is computed in halves; `halved` counts how often.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, device: str | torch.device = "cpu",
@@ -79,8 +99,14 @@ class TransformersEngine:
         self.counted: Counter[str] = Counter()
         self._max_pixels = max_pixels
         self._threads = threads if self.device.type == "cpu" else 1
+        self._sampling, self._scoring = Halving(SMALLER), Halving(SMALLER)
         self._lengths: dict[tuple[Message, ...], int] = {}
         self._shares_features = shares_features(model)
+
+    @property
+    def halved(self) -> int:
+        """How often a batch was cut in halves for want of memory."""
+        return self._sampling.halved + self._scoring.halved
 
     @classmethod
     def from_path(cls, path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu",
@@ -153,8 +179,9 @@ class TransformersEngine:
         results: dict[int, tuple[float, int, bool]] = {}
         for start in range(0, len(order), LIKELIHOOD_BATCH):
             part = order[start : start + LIKELIHOOD_BATCH]
-            scored = self._score([requests[i] for i in part], [targets[i] for i in part])
-            results.update(zip(part, scored, strict=True))
+            halves = self._scoring.run(lambda some: self._score([requests[i] for i in some],
+                                                                [targets[i] for i in some]), part)  # fmt: skip
+            results.update(zip(part, [result for half in halves for result in half], strict=True))
         self.busy_seconds += time.perf_counter() - started
         return [results[i] for i in range(len(requests))]
 
@@ -173,8 +200,16 @@ class TransformersEngine:
         seeds = [candidate_seed(decoding.seed, *key) for request in batch for key in keys_of(request)]
         return _Prepared(batch, self._inputs(batch), seeds, noise(seeds, decoding.max_new_tokens), decoding)
 
-    @torch.inference_mode()
     def _draw(self, prepared: _Prepared) -> Drawn:
+        """All candidates of the batch, in parts of so many as fit into memory."""
+        parts = self._sampling.run(lambda chosen: self._draw_some(prepared, chosen), range(len(prepared.seeds)))
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+    @torch.inference_mode()
+    def _draw_some(self, prepared: _Prepared, chosen: Sequence[int]) -> Drawn:
+        """Candidates by their number in the batch, with the prompts that they continue."""
+        if len(chosen) < len(prepared.seeds):
+            prepared = prepared.only(chosen)
         ids, mask = self._padded(prepared.inputs.ids)
         cache = DynamicCache()
         places = self._positions(ids, mask, prepared.inputs)
@@ -198,8 +233,6 @@ class TransformersEngine:
     def _score(self, batch: Sequence[Request], targets: Sequence[list[int]]) -> list[tuple[float, int, bool]]:
         inputs = self._inputs(batch)
         prompt, image, encoded = self._prompt_tokens(inputs)
-        self.counted.update(prompt_tokens=prompt, image_tokens=image, encoded_tokens=encoded,
-                            new_tokens=sum(map(len, targets)))  # fmt: skip
         inputs.ids = [ids + target for ids, target in zip(inputs.ids, targets, strict=True)]
         ids, mask = self._padded(inputs.ids)
         longest = max(map(len, targets))
@@ -209,6 +242,8 @@ class TransformersEngine:
         labels = ids[:, ids.shape[1] - longest :]
         chosen = logits.gather(-1, labels[..., None])[..., 0] - logits.logsumexp(-1)
         greedy = logits.argmax(-1) == labels
+        self.counted.update(prompt_tokens=prompt, image_tokens=image, encoded_tokens=encoded,
+                            new_tokens=sum(map(len, targets)))  # fmt: skip
         return [
             (float(row[longest - len(t) :].double().sum()), len(t), bool(best[longest - len(t) :].all()))
             for row, best, t in zip(chosen.cpu(), greedy.cpu(), targets, strict=True)
@@ -269,6 +304,11 @@ class TransformersEngine:
 
     def _moved(self, value: Tensor) -> Tensor:
         return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
+
+
+def halvings(engine: TransformersEngine) -> dict[str, float]:
+    """What a step reports of memory that was short; nothing where it was not."""
+    return {"halved_batches": engine.halved} if engine.halved else {}
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:

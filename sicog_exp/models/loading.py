@@ -138,6 +138,16 @@ def part_parameters(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     return found
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of the language model, in order."""
+    from torch.nn import ModuleList
+
+    lists = {name: module for name, module in model.named_modules()
+             if isinstance(module, ModuleList) and part_of(name) == "language"}  # fmt: skip
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return [layer for name in outermost for layer in cast(Any, lists[name])]
+
+
 def _check_parts(name: str, found: Mapping[str, Any], strays: list[str]) -> None:
     for part, parameters in found.items():
         if not parameters:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from sicog_exp.interruption import INTERRUPTIONS
 from sicog_exp.recipe import Recipe, RecipeError, StopConfig, load, load_as, to_yaml
 from sicog_exp.store import Artifact, Step, Store, StoreError, Workplace
 
@@ -233,7 +234,7 @@ def _run(study: AblationConfig, workplace: Workplace, console: Console) -> None:
         found = gather(study, client, run_id, console)
         _conclude(study, found, client, run_id, workplace.directory)
     except BaseException as error:
-        client.set_terminated(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        client.set_terminated(run_id, "KILLED" if isinstance(error, INTERRUPTIONS) else "FAILED")
         raise
     client.set_terminated(run_id)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +15,15 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.utils.data import DataLoader, IterableDataset
 
 from sicog_exp.data.mixture import Mixture, Row, collate, fill_bins, pack
+from sicog_exp.interruption import Terminated
 from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.store import Workplace
+from sicog_exp.training.launch import RANKS, STOP
 from sicog_exp.training.modules import LOG_EVERY, Stage
 
 # Lightning's notices about devices and its tips at every stage would bury our progress.
@@ -31,11 +37,11 @@ class StepBatches(IterableDataset):
     """
 
     def __init__(self, mixture: Mixture, stage: StageConfig, pad_id: int) -> None:
-        self.first_step = 0
+        self.first_step, self.rank, self.ranks = 0, 0, 1
         self._mixture, self._stage, self._pad_id = mixture, stage, pad_id
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for rows in self._mixture.steps(self.first_step, self._stage.batch_size):
+        for rows in self._mixture.steps(self.first_step, self._stage.batch_size, self.rank, self.ranks):
             yield self.micro_batches(rows)
 
     def micro_batches(self, rows: list[Row]) -> list[dict[str, Any]]:
@@ -52,11 +58,13 @@ class StepBatches(IterableDataset):
 class Checkpoints(Callback):
     """The newest checkpoint of a stage, replaced atomically; weights never leave this folder as a pickle.
 
-    Also counts what was trained on, so that a continued stage reports the whole of its work.
+    Also counts what was trained on, over all ranks, so that a continued stage reports the whole of its work; and ends
+    training, with a checkpoint, when SIGTERM asks for it, or the process that started the ranks.
     """
 
     def __init__(self, workplace: Workplace, every: int) -> None:
         self._folder, self._workplace, self._every = workplace.scratch, workplace, every
+        self._asked_to_stop = False
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._workplace.facts)
@@ -70,6 +78,13 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark = time.perf_counter()
+        if threading.current_thread() is threading.main_thread():
+            # Between steps: a step broken off in the middle would leave other ranks waiting. Lightning, whose own
+            # handler waits for ranks that got no signal, puts back what was there before.
+            signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_: object) -> None:
+        self._asked_to_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._count_seconds()
@@ -81,23 +96,36 @@ class Checkpoints(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:  # fmt: skip
-        self._workplace.add(**cast(Stage, pl_module).work(batch))
+        step, stop = trainer.global_step, self._counted(cast(Stage, pl_module), batch)
         self._count_seconds()
-        step = trainer.global_step
         if self._workplace.progress:
             self._workplace.progress(step, trainer.max_steps)
-        if step % self._every == 0 and step < trainer.max_steps:
+        if stop or (step % self._every == 0 and step < trainer.max_steps):
             self._save(trainer, step)
+        if stop:
+            raise Terminated(f"stopped by SIGTERM behind training step {step}; the same command continues")
+
+    def _counted(self, module: Stage, batch: Any) -> bool:
+        """Adds the step's work, and says whether any rank was asked to stop."""
+        work = module.work(batch)
+        asked = self._asked_to_stop or (self._folder / RANKS / STOP).exists()
+        *sums, stop = module.over_ranks(*work.values(), asked)
+        self._workplace.add(**{name: int(value) for name, value in zip(work, sums, strict=True)})
+        return stop > 0
 
     def _save(self, trainer: Trainer, step: int) -> None:
+        """Every rank takes part; the first one writes."""
         older = list(self._folder.glob("step-*.ckpt"))
         temporary = self._folder / "writing.tmp"
         trainer.save_checkpoint(temporary)
+        if not trainer.is_global_zero:
+            return
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.rename(self._folder / f"step-{step:08d}.ckpt")
+        newest = temporary.rename(self._folder / f"step-{step:08d}.ckpt")
         for path in older:
-            path.unlink(missing_ok=True)
+            if path != newest:
+                path.unlink(missing_ok=True)
 
 
 class StageData(LightningDataModule):
@@ -109,10 +137,12 @@ class StageData(LightningDataModule):
     def __init__(self, batches: Any = None, workers: Literal[0, 1] = 0) -> None:
         super().__init__()
         self.batches, self.workers = batches, workers
-        self.first_step = 0
+        self.first_step, self.rank, self.ranks = 0, 0, 1
 
     def train_dataloader(self) -> DataLoader:
         self.batches.first_step = self.first_step
+        if self.ranks > 1:
+            self.batches.rank, self.batches.ranks = self.rank, self.ranks
         return DataLoader(self.batches, batch_size=None, num_workers=self.workers,
                           prefetch_factor=4 if self.workers else None)  # fmt: skip
 
@@ -121,7 +151,8 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
         logger: Logger | None = None) -> None:  # fmt: skip
     """Train `module` for its configured steps, from the newest checkpoint in the workplace's scratch if there is one.
 
-    Raises RuntimeError when fewer steps were done than asked for: a stage never reports success untrained.
+    With several devices this process is one rank of several (see `training.ranks`), which all call this. Raises
+    RuntimeError when fewer steps were done than asked for: a stage never reports success untrained.
     """
     workplace.device = model.device_name
     torch.manual_seed(seed)
@@ -132,13 +163,16 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
     checkpoint = Checkpoints.newest(workplace.scratch)
     if checkpoint:
         data.first_step = int(checkpoint.stem.removeprefix("step-"))
-    devices: Any = 1 if model.device == "cpu" else "auto"
+    strategy, environment = engine(model)
     trainer = Trainer(
-        max_steps=module.config.steps, max_epochs=-1, accelerator=model.device, devices=devices,
-        precision=model.precision, logger=logger or False, log_every_n_steps=LOG_EVERY, enable_checkpointing=False,
+        max_steps=module.config.steps, max_epochs=-1, accelerator=model.device, devices=model.devices,
+        num_nodes=model.nodes, strategy=strategy, plugins=[environment], precision=model.precision,
+        logger=logger or False, log_every_n_steps=LOG_EVERY, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         callbacks=[Checkpoints(workplace, module.config.checkpoint_every)],
     )  # fmt: skip
+    module.ranks, module.scratch = model.ranks, workplace.scratch
+    data.rank, data.ranks = environment.global_rank(), model.ranks
     module.train()
     # Our own checkpoint, written moments ago by this user: Lightning's optimizer state needs the full loader.
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
@@ -150,11 +184,33 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
     workplace.add(steps=trainer.global_step)
 
 
+def engine(model: ModelConfig) -> tuple[Strategy | str, ClusterEnvironment]:
+    """Lightning's strategy, and how it finds the other ranks: none, or those that torchrun started.
+
+    It is named even for one process, since Lightning would otherwise take a SLURM job's variables for its own.
+    """
+    if model.ranks == 1:
+        return "auto", LightningEnvironment()
+    if model.strategy == "fsdp":
+        return ModelParallelStrategy(model.ranks, 1, save_distributed_checkpoint=False), TorchElasticEnvironment()
+    return DDPStrategy(find_unused_parameters=True), TorchElasticEnvironment()
+
+
+def whole_state(module: Stage) -> dict[str, torch.Tensor] | None:
+    """The module's weights on the CPU where ranks hold shards (collected by all, filled on the first), else None."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(module, FSDPModule):
+        return None
+    return get_model_state_dict(cast(Any, module), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
 def runs_side_by_side(stage: StageConfig, model: ModelConfig) -> bool:
     """Whether each CPU core takes a micro-batch of its own.
 
     Measured at the embedded size: 1.66x the rows/s of one core, where both cores on each micro-batch reach 0.81x
     (benchmarks/2026-11-24-cores.md).
     """
-    several = stage.micro_batch_size < stage.batch_size and model.threads > 1
+    several = stage.micro_batch_size < stage.batch_size and model.threads > 1 and model.ranks == 1
     return several and model.torch_device == "cpu" and model.precision == "32-true"

@@ -4,22 +4,27 @@ not change the gradient."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from sicog_exp.data.chat import IGNORED
 from sicog_exp.models.adapters import MARK, add_adapters
 from sicog_exp.models.families import packing_problem, token_types
-from sicog_exp.models.loading import part_parameters
+from sicog_exp.models.loading import decoder_layers, part_parameters
 from sicog_exp.recipe import StageConfig
 
 if TYPE_CHECKING:
@@ -28,8 +33,14 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 10
 """Optimizer steps between logged metrics."""
-NOT_THE_MODELS = ("labels", "segments", "sources", "chosen", "rejected", "reference")
+NOT_THE_MODELS = ("labels", "segments", "sources", "ids", "chosen", "rejected", "reference")
 """What a micro-batch holds besides the model's inputs."""
+PICTURED = ("vision", "projector")
+"""Parts that rows of text alone do not reach."""
+
+
+class DivergedError(FloatingPointError):
+    """A step whose loss or gradient is no finite number. Nothing of it is applied."""
 
 
 def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
@@ -54,6 +65,10 @@ class Stage(LightningModule):
 
     threads: ThreadPoolExecutor | None = None
     """Computes micro-batches side by side, where one processor core each is faster than all cores on each."""
+    ranks = 1
+    """Processes that share the training; each holds its rows of every step."""
+    scratch: Path | None = None
+    """Where the rows of a step that cannot be applied are kept."""
 
     def __init__(self, config: StageConfig) -> None:
         super().__init__()
@@ -72,29 +87,42 @@ class Stage(LightningModule):
         tokens: all, those of prompts, those of images (which are prompts'), and the predicted ones (new)."""
         raise NotImplementedError
 
+    def drop_unreached(self, batch: Sequence[Mapping[str, Any]]) -> None:
+        """A part that no row of the step reaches has no gradient, as in one process, and not one of zeros."""
+
     def training_step(self, batch: Sequence[Mapping[str, Any]], batch_idx: int) -> None:
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
-        terms = self._all_terms(sum(self.terms(micro) for micro in batch))
+        terms = int(self.over_ranks(sum(self.terms(micro) for micro in batch))[0])
         loss = self._side_by_side(batch, terms) if self.threads else self._one_by_one(batch, terms)
+        if self.ranks > 1:
+            loss = loss.new_tensor(self.over_ranks(float(loss))[0])
+            self.drop_unreached(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.trained_parameters, self.config.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {self.global_step}: loss {float(loss)}, gradient norm {float(norm)}; lower "
-                                     "the learning rate; the last checkpoint is untouched")  # fmt: skip
+            raise self._diverged(batch, float(loss), float(norm))
         self.log_dict({"loss": loss, "grad_norm": norm, "learning_rate": scheduler.get_last_lr()[0]})
         optimizer.step()
         scheduler.step()
 
     def _one_by_one(self, batch: Sequence[Mapping[str, Any]], terms: int) -> Tensor:
         loss = torch.zeros((), device=self.device)
-        for micro in batch:
-            summed, _ = self.batch_loss(micro)
-            # Data-parallel strategies average gradients over ranks, so each rank's share is scaled back up.
-            # A micro-batch of text alone reaches no trained parameter where only the projector trains.
-            if summed.requires_grad:
-                self.manual_backward(summed * self.trainer.world_size / terms)
+        for number, micro in enumerate(batch):
+            with self._exchange(last=number == len(batch) - 1):
+                summed, _ = self.batch_loss(micro)
+                # Data-parallel strategies average gradients over ranks, so each rank's share is scaled back up.
+                # A micro-batch of text alone reaches no trained parameter where only the projector trains.
+                if summed.requires_grad:
+                    self.manual_backward(summed * self.ranks / terms)
             loss += summed.detach() / terms
         return loss
+
+    def _exchange(self, last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange a step's gradients once, with its last micro-batch. Shards exchange theirs each time, so that
+        no rank ever holds the whole gradient."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) and not last else nullcontext()
 
     def _side_by_side(self, batch: Sequence[Mapping[str, Any]], terms: int) -> Tensor:
         """Gradients are summed in the micro-batches' order, so that their bits do not depend on the threads' pace."""
@@ -119,10 +147,36 @@ class Stage(LightningModule):
         """Response tokens of a micro-batch: positions with a label, the first one never being predicted."""
         return int((micro_batch["labels"][:, 1:] != IGNORED).sum())
 
-    def _all_terms(self, count: int) -> int:
-        if self.trainer.world_size == 1:
-            return count
-        return int(cast(Tensor, self.all_gather(torch.tensor(count, device=self.device))).sum())
+    def over_ranks(self, *numbers: float) -> list[float]:
+        """Each number's sum over all ranks, which must all ask at once."""
+        if self.ranks == 1:
+            return list(numbers)
+        summed = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(summed)
+        return summed.tolist()
+
+    def _diverged(self, batch: Sequence[Mapping[str, Any]], loss: float, norm: float) -> DivergedError:
+        """What is raised for a step that cannot be applied, its rows kept for a look at them."""
+        ids = [name for micro in batch for name in micro.get("ids", [])]
+        kept = f"; its rows ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}) are in {self._keep(batch, ids)}" \
+            if self.scratch else ""  # fmt: skip
+        return DivergedError(f"training step {self.global_step}: loss {loss}, gradient norm {norm}; nothing of it is "
+                             f"applied{kept}. Look at them, or lower the learning rate; {self._checkpoint()}")
+
+    def _keep(self, batch: Sequence[Mapping[str, Any]], ids: Sequence[str]) -> Path:
+        from safetensors.torch import save_file
+
+        assert self.scratch
+        file = self.scratch / f"diverged-{self.global_step:08d}-{self.global_rank}.safetensors"
+        tensors = {f"{number}.{name}": value.detach().cpu().contiguous() for number, micro in enumerate(batch)
+                   for name, value in micro.items() if isinstance(value, Tensor)}  # fmt: skip
+        save_file(tensors, file)
+        file.with_suffix(".json").write_text(json.dumps({"step": self.global_step, "rows": list(ids)}, indent=1))
+        return file
+
+    def _checkpoint(self) -> str:
+        newest = max(self.scratch.glob("step-*.ckpt"), default=None) if self.scratch else None
+        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint before it"
 
     @property
     def trained_parameters(self) -> list[torch.nn.Parameter]:
@@ -175,6 +229,23 @@ class SupervisedFineTuning(Stage):
             "new_tokens": new,
         }
 
+    def configure_model(self) -> None:
+        """Where the strategy shards: each layer of the language model by itself, all else together. Every micro-batch
+        runs all layers; what only pictures reach is gathered for each, so that ranks never wait for one another."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy):
+            return
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        # Else a micro-batch of text alone would skip layers' gradients where those before them are frozen, and their
+        # exchange with them: ranks would exchange different things at once.
+        self.model.enable_input_require_grads()
+        mesh = strategy.device_mesh["data_parallel"]
+        for layer in decoder_layers(self.model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+        register_fsdp_forward_method(self, "token_losses")
+
     def token_losses(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """(losses of response tokens (tokens,), sample of each (tokens,)); the head sees response positions alone."""
         inputs = {name: value for name, value in micro_batch.items() if name not in NOT_THE_MODELS}
@@ -184,7 +255,21 @@ class SupervisedFineTuning(Stage):
         rows, columns = torch.nonzero(targets_BL != IGNORED, as_tuple=True)
         logits = self.model.get_output_embeddings()(hidden_BLD[rows, columns])
         samples = micro_batch["segments"][:, 1:][rows, columns]
-        return F.cross_entropy(logits.float(), targets_BL[rows, columns], reduction="none"), samples
+        losses = F.cross_entropy(logits.float(), targets_BL[rows, columns], reduction="none")
+        return losses + self._nothing() if self.ranks > 1 else losses, samples
+
+    def _nothing(self) -> Tensor:
+        """0, by way of all parameters that only pictures reach: ranks exchange the same gradients whatever rows each
+        of them has."""
+        parts = part_parameters(self.model)
+        return sum(parameter.sum() * 0 for part in PICTURED for parameter in parts[part] if parameter.requires_grad)  # type: ignore[return-value]
+
+    def drop_unreached(self, batch: Sequence[Mapping[str, Any]]) -> None:
+        image_id = self.model.config.image_token_id
+        if not self.over_ranks(sum(int((micro["input_ids"] == image_id).sum()) for micro in batch))[0]:
+            for part, parameters in part_parameters(self.model).items():
+                for parameter in parameters:
+                    parameter.grad = None if part in PICTURED else parameter.grad
 
     def batch_loss(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, int]:
         losses, _ = self.token_losses(micro_batch)
@@ -204,12 +289,24 @@ class Means:
             sums[0] += total
             sums[1] += count
 
-    def log(self, module: LightningModule) -> None:
-        """At every LOG_EVERY-th step: log what there is, and begin anew."""
-        if module.logger and module.global_step % LOG_EVERY == 0:
-            means = {name: total / max(count, 1) for name, (total, count) in self._sums.items()}
+    def log(self, module: Stage) -> None:
+        """At every LOG_EVERY-th step: log what there is, over all ranks, and begin anew."""
+        if module.global_step % LOG_EVERY:
+            return
+        sums = self._over_ranks(module.ranks)
+        if module.logger:
+            means = {name: total / max(count, 1) for name, (total, count) in sums.items()}
             module.logger.log_metrics(means, step=module.global_step)
-            self._sums.clear()
+        self._sums.clear()
+
+    def _over_ranks(self, ranks: int) -> dict[str, list[float]]:
+        if ranks == 1:
+            return self._sums
+        gathered: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(gathered, self._sums)
+        names = sorted({name for sums in gathered for name in sums})
+        own = {name: [sums[name] for sums in gathered if name in sums] for name in names}
+        return {name: [sum(column) for column in zip(*values, strict=True)] for name, values in own.items()}
 
 
 class MultimodalPretraining(SupervisedFineTuning):

@@ -28,8 +28,9 @@ from sicog_exp.recipe import ModelConfig, PreferenceConfig, RecipeError
 from sicog_exp.records import Record, read_records
 from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, fit
+from sicog_exp.training.launch import launch
 from sicog_exp.training.modules import Means, SupervisedFineTuning
-from sicog_exp.training.stages import in_4bit, merged, step_logger, trained_flops
+from sicog_exp.training.stages import in_4bit, step_logger, trained_flops, trained_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +95,7 @@ class PairBatches(IterableDataset):
     """One item is one optimizer step: its pairs as micro-batches, grouped by length. Each pair comes once an epoch."""
 
     def __init__(self, source: PairSource, config: PreferenceConfig, pad_id: int, seed: int) -> None:
-        self.first_step = 0
+        self.first_step, self.rank, self.ranks = 0, 0, 1
         self.reference: Sequence[float] = [0.0] * (source.rows or 0)
         self._source, self._config, self._pad_id = source, config, pad_id
         self._order = Mixture([(source, 1.0)], seed)
@@ -102,7 +103,8 @@ class PairBatches(IterableDataset):
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         step, size = self.first_step, self._config.batch_size
         while True:
-            pairs = [index for _, index in map(self._order.locate, range(step * size, (step + 1) * size))]
+            slots = range(step * size + self.rank, (step + 1) * size, self.ranks)
+            pairs = [index for _, index in map(self._order.locate, slots)]
             yield [self.batch(part) for part in self.parts(pairs)]
             step += 1
 
@@ -128,13 +130,13 @@ def reference_differences(module: PreferenceTuning, batches: PairBatches, count:
 
     Every batch is written to scratch when it is done: a killed pass continues, a finished one is only read.
     """
-    device = torch.device(model.torch_device)
-    module.to(device).eval()
-    if model.precision == "bf16-true":
-        module.to(torch.bfloat16)
     parts = batches.parts(range(count))
     done = _read_reference(workplace.scratch / REFERENCE)
     missing = [number for number in range(len(parts)) if number not in done]
+    if missing:
+        module.to(torch.device(model.torch_device)).eval()
+        if model.precision == "bf16-true":
+            module.to(torch.bfloat16)
     with (workplace.scratch / REFERENCE).open("a") as file:
         for number, found in _scored(module, batches, {i: parts[i] for i in missing}, model):
             done[number] = found
@@ -149,8 +151,9 @@ def _read_reference(path: Path) -> dict[int, list[float]]:
     """The finished batches; a last line that a kill tore is dropped from the file."""
     if not path.exists():
         return {}
-    whole, newline, _ = path.read_text().rpartition("\n")
-    path.write_text(whole + newline)
+    whole, newline, torn = path.read_text().rpartition("\n")
+    if torn:
+        path.write_text(whole + newline)
     return {row["batch"]: row["differences"] for row in map(json.loads, whole.splitlines())}
 
 
@@ -197,6 +200,23 @@ class PreferenceTask:
 
 def prefer(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Tune the input model on its pairs. Raises RecipeError when there is none."""
+    if task.model.ranks == 1:
+        return train(task, inputs, workplace)
+    _keep_reference(task, inputs, workplace)
+    launch("prefer", task, inputs, workplace)
+
+
+def _keep_reference(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+    """One device reads all pairs before several train on them: it holds the model for sampling too."""
+    model, processor = load_model(ModelSource.of(inputs["model"].path, task.model), **in_4bit(task.stage))
+    source = _pairs(task, inputs, ChatEncoder(processor))
+    batches = PairBatches(source, task.stage, processor.tokenizer.pad_token_id, task.seed)
+    torch.manual_seed(task.seed)
+    reference_differences(PreferenceTuning(model, task.stage), batches, source.rows or 0, task.model, workplace)
+
+
+def train(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
+    """The stage in this process, which may be one rank of several, the reference being known then."""
     loaded = ModelSource.of(inputs["model"].path, task.model)
     model, processor = load_model(loaded, **in_4bit(task.stage))
     if task.model.gradient_checkpointing:
@@ -208,12 +228,13 @@ def prefer(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Work
     count = source.rows or 0
     batches.reference = reference_differences(module, batches, count, task.model, workplace)
     fit(module, StageData(batches), task.model, workplace, task.seed, step_logger(workplace))
-    if task.stage.lora_rank:
-        model = merged(model, loaded, task.stage)
-    work, again = work_of(model), task.model.gradient_checkpointing
+    whole = trained_model(module, loaded, task.stage)
+    if whole is None:
+        return
+    work, again = work_of(whole), task.model.gradient_checkpointing
     workplace.add(pairs=count, flops=trained_flops(workplace.facts, work, task.stage, again)
                   + work.sampling(*_size(source, module)))  # fmt: skip
-    save_model(model, processor, workplace.directory)
+    save_model(whole, processor, workplace.directory)
 
 
 def _size(source: PairSource, module: PreferenceTuning) -> tuple[int, int, int]:

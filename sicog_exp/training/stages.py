@@ -19,7 +19,8 @@ from sicog_exp.prompts import COD_TURNS, KINDS, Kind, steps_of
 from sicog_exp.recipe import CapsConfig, ModelConfig, StageConfig
 from sicog_exp.records import Record, read_jsonl, read_records, turns_conversation
 from sicog_exp.store import Artifact, Workplace
-from sicog_exp.training.fit import StageData, StepBatches, fit
+from sicog_exp.training.fit import StageData, StepBatches, fit, whole_state
+from sicog_exp.training.launch import launch
 from sicog_exp.training.modules import MultimodalPretraining, SupervisedFineTuning
 
 REVISION = 2
@@ -105,27 +106,45 @@ class MixtureData(StageData):
 
 def fine_tune(task: TrainingTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Develop, align or instruct: supervised fine-tuning of the input model on the task's mixture."""
-    _train(SupervisedFineTuning, MixtureData(task, inputs), workplace)
+    if task.model.ranks > 1:
+        return launch("fine_tune", task, inputs, workplace)
+    train(SupervisedFineTuning, MixtureData(task, inputs), workplace)
 
 
 def pretrain(data: MixtureData, workplace: Workplace) -> None:
     """Multimodal pre-training on a mixture that holds self-generated data."""
-    _train(MultimodalPretraining, data, workplace)
+    if data.task.model.ranks > 1:
+        return launch("pretrain", data.task, data.inputs, workplace)
+    train(MultimodalPretraining, data, workplace)
 
 
-def _train(kind: type[SupervisedFineTuning], data: MixtureData, workplace: Workplace) -> None:
+def train(kind: type[SupervisedFineTuning], data: MixtureData, workplace: Workplace) -> None:
+    """The stage in this process, which may be one rank of several."""
     task = data.task
     source = ModelSource.of(data.inputs["model"].path, task.model)
     model, data.processor = load_model(source, **in_4bit(task.stage))
     if task.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(task.seed)  # adapters start at random
-    fit(kind(model, task.stage), data, task.model, workplace, task.seed, step_logger(workplace))
-    if task.stage.lora_rank:
-        model = merged(model, source, task.stage)
+    module = kind(model, task.stage)
+    fit(module, data, task.model, workplace, task.seed, step_logger(workplace))
+    whole = trained_model(module, source, task.stage)
+    if whole is None:
+        return
     again = task.model.gradient_checkpointing
-    workplace.add(flops=trained_flops(workplace.facts, work_of(model), task.stage, again))
-    save_model(model, data.processor, workplace.directory)
+    workplace.add(flops=trained_flops(workplace.facts, work_of(whole), task.stage, again))
+    save_model(whole, data.processor, workplace.directory)
+
+
+def trained_model(module: SupervisedFineTuning, source: ModelSource, stage: StageConfig) -> PreTrainedModel | None:
+    """The model behind training, whole and without adapters; None on every rank but the first. All ranks must ask."""
+    state, model = whole_state(module), module.model
+    if module.global_rank:
+        return None
+    if state is not None:
+        model, _ = load_model(source)
+        SupervisedFineTuning(model, stage).to(module.model.dtype).load_state_dict(state)
+    return merged(model, source, stage) if stage.lora_rank else model
 
 
 def trained_flops(facts: Mapping[str, float], work: Work, stage: StageConfig, again: bool) -> float:
@@ -158,7 +177,7 @@ def in_4bit(stage: StageConfig) -> dict[str, Any]:
     kept = layers_kept_whole(stage.lora_parts)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
                                 llm_int8_skip_modules=kept)  # fmt: skip
-    return {"quantization_config": config, "device_map": {"": 0}}
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def merged(model: PreTrainedModel, source: ModelSource, stage: StageConfig) -> PreTrainedModel:

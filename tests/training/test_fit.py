@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_modules import CPU, data, load, stage
+from safetensors.torch import load_file
+from test_modules import CPU, data, load, make_mixture, stage
 
+from sicog_exp.interruption import Terminated
 from sicog_exp.prompts import prompt
 from sicog_exp.records import Record, conversation, write_records
 from sicog_exp.store import Artifact, Step, Store, Workplace, checksums
 from sicog_exp.training.fit import Checkpoints, fit
-from sicog_exp.training.modules import SupervisedFineTuning
+from sicog_exp.training.modules import DivergedError, SupervisedFineTuning
 
 STEPS = 12
 RUN = """
@@ -137,6 +140,68 @@ def test_fewer_steps_than_asked_for_is_no_success(tiny_model: Path, world_images
     monkeypatch.setattr("sicog_exp.training.fit.Trainer", lambda **options: plain(**{**options, "max_epochs": 1}))
     with pytest.raises(RuntimeError, match="trained 3 of 5 steps"):
         fit(SupervisedFineTuning(model, config), short, CPU, Workplace(tmp_path, tmp_path), 0)
+
+
+def test_a_step_that_diverges_is_not_applied_and_its_rows_are_kept(tiny_model: Path, world_images: list[Path],
+                                                                   tmp_path: Path) -> None:  # fmt: skip
+    """And the checkpoint before it is whole: without what broke the step, training goes on to the same bits."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    config = stage(steps=5, batch_size=4, micro_batch_size=2, checkpoint_every=2)
+    modules = [SupervisedFineTuning(load(tiny_model)[0], config) for _ in range(3)]
+
+    def breaks(done: int, total: int) -> None:
+        if done == 3:
+            with torch.no_grad():
+                modules[0].model.get_output_embeddings().weight[0, 0] = float("inf")
+            before.update({name: value.clone() for name, value in modules[0].state_dict().items()})
+
+    before: dict[str, torch.Tensor] = {}
+    _, encoder = load(tiny_model)
+    feed = data(encoder, world_images, config)
+    with pytest.raises(DivergedError, match=r"training step 3: loss (nan|inf).*its rows \(.*step-00000002.ckpt"):
+        fit(modules[0], feed, CPU, Workplace(tmp_path, scratch, progress=breaks), 0)
+    assert all(torch.equal(value, before[name]) for name, value in modules[0].state_dict().items())
+
+    (kept,) = scratch.glob("diverged-00000003-*.safetensors")
+    rows = [row for micro in feed.batches.micro_batches(make_mixture(encoder, world_images).rows(12, 4))
+            for row in micro["ids"]]  # fmt: skip
+    assert json.loads(kept.with_suffix(".json").read_text()) == {"step": 3, "rows": rows}
+    assert load_file(kept)["1.input_ids"].shape[0] == 2
+
+    fit(modules[1], data(encoder, world_images, config), CPU, Workplace(tmp_path, scratch), 0)
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    fit(modules[2], data(encoder, world_images, config), CPU, Workplace(tmp_path, fresh), 0)
+    whole = modules[2].state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in modules[1].state_dict().items())
+
+
+def test_sigterm_ends_training_with_a_checkpoint(tiny_model: Path, world_images: list[Path], tmp_path: Path) -> None:
+    """Also behind the last step, which is not trained again; whoever handled SIGTERM before does so again."""
+    handler = signal.getsignal(signal.SIGTERM)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for at in (2, 4):
+        workplace = Workplace(tmp_path, scratch, progress=lambda done, total, at=at: stop_at(done, at))
+        with pytest.raises(Terminated, match=f"behind training step {at}"):
+            fit_here(tiny_model, world_images, workplace, steps=4)
+        assert [path.name for path in scratch.glob("*.ckpt")] == [f"step-{at:08d}.ckpt"]
+        assert signal.getsignal(signal.SIGTERM) == handler
+    stopped = Workplace(tmp_path, scratch)
+    module = fit_here(tiny_model, world_images, stopped, steps=4)
+    whole = Workplace(tmp_path, tmp_path / "fresh")
+    whole.scratch.mkdir()
+    undisturbed = fit_here(tiny_model, world_images, whole, steps=4)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), undisturbed.parameters(), strict=True))
+    assert stopped.facts["tokens"] == whole.facts["tokens"]
+    assert stopped.facts["steps"] == 4
+
+
+def stop_at(done: int, at: int) -> None:
+    """The signal reaches this process during a step; what is asked is asked before the next look."""
+    if done == at - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_rows_made_in_another_process_train_the_same_bits(tiny_model: Path, world_images: list[Path],
