@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sicog_exp.curation.diagnosis import read_truth
@@ -18,7 +18,7 @@ from sicog_exp.data.readers import words_of
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.pool_index import PoolIndex
 from sicog_exp.prompts import Kind, final_text, prompt, question_of
-from sicog_exp.recipe import CurationConfig, ModelConfig, Recipe, RecipeError, SamplingConfig
+from sicog_exp.recipe import CurationConfig, EngineConfig, ModelConfig, Recipe, RecipeError, SamplingConfig
 from sicog_exp.records import (
     Record,
     RecordFile,
@@ -48,6 +48,7 @@ class PoolTask:
     iteration: int
     seed: int
     max_pixels: int = 50_000_000
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def requests_for(task: PoolTask, unlabeled: Iterable[Record], root: Path) -> list[Request]:
@@ -74,19 +75,17 @@ def items_of(inputs: Mapping[str, Artifact]) -> RecordFile:
 
 def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Sample candidates for the items of one group into `candidates.jsonl`."""
+    from sicog_exp.generation.engines import open_engine
     from sicog_exp.generation.pool import generate_pool
-    from sicog_exp.generation.transformers_engine import TransformersEngine
-    from sicog_exp.models.loading import work_of
 
-    engine = TransformersEngine.from_recipe(inputs["generator"].path, task.model)
     requests = requests_for(task, items_of(inputs), inputs["data"].path)
     sampling = task.sampling
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)
-    facts = generate_pool(engine, requests, decoding, workplace.scratch, workplace.directory / "candidates.jsonl",
-                          workplace.progress)  # fmt: skip
-    workplace.device = task.model.device_name
-    workplace.add(samples=facts["candidates"], model_seconds=facts["seconds"],
-                  **work_of(engine.model).of_sampling(facts))  # fmt: skip
+    with open_engine(inputs["generator"].path, task.model, task.engine) as opened:
+        facts = generate_pool(opened.engine, requests, decoding, workplace.scratch,
+                              workplace.directory / "candidates.jsonl", workplace.progress)  # fmt: skip
+    workplace.device = opened.device
+    workplace.add(samples=facts["candidates"], model_seconds=facts["seconds"], **opened.work.of_sampling(facts))
 
 
 def sample_pools(task: PoolTask, generators: Mapping[Group, Artifact], inputs: Mapping[str, Artifact],
