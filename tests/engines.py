@@ -58,7 +58,16 @@ def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
 
 
 @contextmanager
-def transformers_serve(folder: Path, log: Path, name: str = "") -> Iterator[str]:
+def our_server(models: Path, log: Path) -> Iterator[str]:
+    """`served.py` over a folder of models."""
+    port = free_port()
+    script = Path(__file__).with_name("served.py")
+    with serving([sys.executable, str(script), str(models), str(port)], port, log) as url:
+        yield url
+
+
+@contextmanager
+def transformers_serve(folder: Path, log: Path) -> Iterator[str]:
     """transformers' own server over a model; it takes the model's path for its name."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--host", "127.0.0.1",
