@@ -15,6 +15,9 @@ TRIES = 3
 LOCAL_STORE = 256 * 2**20
 """Bytes of shared memory for a cluster of this machine alone: what passes through it are texts and numbers."""
 
+START_MS = 120_000
+"""Milliseconds that parts of such a cluster may take to start; Ray's own limit is too short for a busy machine."""
+
 
 class RayPoolError(RuntimeError):
     """Workers that cannot be had or that are lost again and again; the message says what to do."""
@@ -173,6 +176,7 @@ def _connect(address: str | None) -> None:
                                "start --head`, or correct the address") from None  # fmt: skip
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_agent_register_timeout_ms", str(START_MS))
     # named by itself, so that RAY_ADDRESS of the environment is not taken
     ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_STORE, _node_ip_address="127.0.0.1",
              **quiet)  # fmt: skip

@@ -246,7 +246,7 @@ def _other(server: str, folder: Path, found: Sequence[str]) -> str:
 
 def serve_line(server: str, folder: Path) -> str:
     """The command that serves a generation where `server` is looked for."""
-    where = urlsplit(server)
+    where, renamed = urlsplit(server), f"/tmp/{folder.name}"
     port = where.port or (443 if where.scheme == "https" else 80)
-    return f"vllm serve {folder} --served-model-name {folder.name} --generation-config vllm --host {where.hostname} " \
-           f"--port {port}"
+    return f"vllm serve $(python -m sicog_exp.models.vllm_names {folder} {renamed}) --served-model-name " \
+           f"{folder.name} --generation-config vllm --host {where.hostname} --port {port}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from sicog_exp.generation.batched import MAX_PIXELS, BatchedEngine, opened_image
 from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
 from sicog_exp.generation.requests import EngineError, keys_of
 from sicog_exp.models.loading import ModelSource, load_processor
+from sicog_exp.models.vllm_names import vllm_folder
 from sicog_exp.records import Candidate
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class VllmEngine(BatchedEngine):
         super().__init__()
         self._llm, self._encoder, self._image_token, self._max_pixels = llm, encoder, image_token, max_pixels
         self._adapter = _lora_request(adapter) if adapter else None
+        self._home: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def from_path(cls, path: str | Path, dtype: str = "float32", trust_remote_code: bool = False, memory: float = 0.9,
@@ -49,11 +52,15 @@ class VllmEngine(BatchedEngine):
         if adapter:
             options = {"enable_lora": True, "max_lora_rank": _lora_rank(adapter), **options}
         processor = load_processor(ModelSource(base, trust_remote_code))
-        llm = _load(base, dtype=dtype, trust_remote_code=trust_remote_code, gpu_memory_utilization=memory,
+        home = tempfile.TemporaryDirectory(prefix="sicog-vllm-")
+        weights = str(vllm_folder(Path(base), Path(home.name))) if Path(base).is_dir() else base
+        llm = _load(weights, dtype=dtype, trust_remote_code=trust_remote_code, gpu_memory_utilization=memory,
                     max_model_len=max_length, seed=0, **options)  # fmt: skip
         encoder = ChatEncoder(processor)
         token = encoder.tokenizer.convert_tokens_to_ids(encoder.image_token)
-        return cls(llm, encoder, token, adapter, max_pixels)
+        engine = cls(llm, encoder, token, adapter, max_pixels)
+        engine._home = home  # where the copy of the weights lies, if any, as long as the engine lives
+        return engine
 
     @classmethod
     def from_recipe(cls, path: str | Path, model: ModelConfig, engine: EngineConfig) -> VllmEngine:
@@ -63,6 +70,8 @@ class VllmEngine(BatchedEngine):
     def close(self) -> None:
         """End vllm's own process, which holds the weights, so that training finds the GPU free."""
         self._llm.llm_engine.engine_core.shutdown()
+        if self._home:
+            self._home.cleanup()
 
     def finished(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
         """The batches, one after the other."""
