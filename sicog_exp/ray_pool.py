@@ -15,8 +15,8 @@ TRIES = 3
 LOCAL_STORE = 256 * 2**20
 """Bytes of shared memory for a cluster of this machine alone: what passes through it are texts and numbers."""
 
-START_MS = 120_000
-"""Milliseconds that parts of such a cluster may take to start; Ray's own limit is too short for a busy machine."""
+STARTS = 3
+"""Times that such a cluster is started: on a busy machine it may take longer than Ray waits for its own processes."""
 
 
 class RayPoolError(RuntimeError):
@@ -176,10 +176,17 @@ def _connect(address: str | None) -> None:
                                "start --head`, or correct the address") from None  # fmt: skip
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_agent_register_timeout_ms", str(START_MS))
-    # named by itself, so that RAY_ADDRESS of the environment is not taken
-    ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_STORE, _node_ip_address="127.0.0.1",
-             **quiet)  # fmt: skip
+    for tried in range(STARTS):
+        try:
+            # named by itself, so that RAY_ADDRESS of the environment is not taken
+            ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_STORE,
+                     _node_ip_address="127.0.0.1", **quiet)  # fmt: skip
+            return
+        except Exception as error:  # Ray raises this class itself where its processes take longer than it waits
+            ray.shutdown()
+            if tried + 1 == STARTS:
+                raise RayPoolError(f"engine.workers: a Ray cluster on this machine did not start ({error}); free some "
+                                   "cores and memory, or leave engine.workers out") from error  # fmt: skip
 
 
 def _check_resources(workers: int, cpus: float, gpus: float) -> None:

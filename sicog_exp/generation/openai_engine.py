@@ -127,7 +127,7 @@ class OpenAIEngine(BatchedEngine):
                 model=self.model, messages=messages, n=count, seed=seed, logprobs=True, top_p=decoding.top_p,
                 temperature=decoding.temperature, max_tokens=decoding.max_new_tokens)  # fmt: skip
         except openai.OpenAIError as error:
-            raise EngineError(f"sample {request.sample_id!r}: {self._explained(error)}") from error
+            raise EngineError(f"sample {request.sample_id!r}: {_explained(self.server, error)}") from error
         prompt, new = (given.usage.prompt_tokens, given.usage.completion_tokens) if given.usage else (0, 0)
         choices = [_choice(choice, new if count == 1 else None) for choice in given.choices]
         whole = [choice for choice in choices if choice]
@@ -146,12 +146,9 @@ class OpenAIEngine(BatchedEngine):
                                   for part in message["content"]]  # fmt: skip
         return messages
 
-    def _explained(self, error: Exception) -> str:
-        """What happened, where, what to do."""
-        return _explained(self.server, error)
-
 
 def _explained(server: str, error: Exception) -> str:
+    """What happened, where, what to do."""
     import openai
 
     said = " ".join(str(error).split())[:500]
@@ -162,8 +159,7 @@ def _explained(server: str, error: Exception) -> str:
     if isinstance(error, openai.NotFoundError):
         return f"{server} does not serve what was asked ({said}); check engine.server, which ends with /v1 as a rule"
     if isinstance(error, openai.RateLimitError | openai.InternalServerError):
-        return f"{server} failed {RETRIES + 1} times ({said}); look at its log, or lower engine.in_flight; then run " \
-               "this again"
+        return f"{server} keeps failing ({said}); look at its log, or lower engine.in_flight; then run this again"
     return f"{server} refuses the request ({said}); look at its log"
 
 
