@@ -41,7 +41,8 @@ def preference_tuned(recipe: Recipe, generators: Mapping[Group, Artifact], data:
     task = PoolTask(recipe.sampling, recipe.model, "caption", iteration, seed, recipe.data.max_pixels,
                     recipe.engine)  # fmt: skip
     pools = sample_pools(task, generators, inputs, run, "preference-generate")
-    curated = curate_pools("preference-curate", recipe.curation, items, list(pools.values()), run)
+    curated = curate_pools("preference-curate", recipe.curation, items, list(pools.values()), run,
+                           recipe.engine)  # fmt: skip
     rejected = pools
     if config.rejected == "corrupted":
         corrupted = run(Step("preference-corrupt", corrupt_items, CorruptTask(recipe.data.max_pixels),

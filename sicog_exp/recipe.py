@@ -463,7 +463,7 @@ class EngineConfig:
     kind: Literal["transformers", "vllm", "openai"] = "transformers"
     """`transformers`: in this process; `vllm`: in this process, by the vllm package; `openai`: a server that you run
     and that speaks OpenAI's protocol (`vllm serve`, say)."""
-    evaluates: bool = True
+    evaluates: bool = _elsewhere(True)
     """False: benchmarks are answered by `transformers` all the same. A server cannot score given answers, as tasks of
     multiple choice ask."""
     max_length: int | None = None
@@ -502,7 +502,7 @@ class EngineConfig:
     @property
     def of_evaluation(self) -> EngineConfig:
         """What answers benchmarks."""
-        return self if self.evaluates else EngineConfig()
+        return self if self.evaluates else dataclasses.replace(self, kind="transformers", server=None, max_length=None)
 
 
 @dataclass(frozen=True)

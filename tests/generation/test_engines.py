@@ -37,9 +37,9 @@ def test_training_knows_nothing_of_the_engine() -> None:
 
 def test_benchmarks_may_stay_with_transformers() -> None:
     assert VLLM.of_evaluation == VLLM
-    assert replace(VLLM, evaluates=False).of_evaluation == EngineConfig()
-    spread = EngineConfig(workers=2, evaluates=False)
-    assert spread.of_evaluation == EngineConfig()
+    for engine in (replace(VLLM, evaluates=False, max_length=512), replace(VLLM, evaluates=False, workers=2)):
+        assert engine.of_evaluation.workers == engine.workers
+        assert canonical(engine.of_evaluation) == canonical(EngineConfig())
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
