@@ -54,7 +54,8 @@ def test_vllm_serve_gives_the_same_answers(world_images: list[Path], tmp_path: P
     folder = vllm_folder(EMBEDDED_BASE, tmp_path / "model")
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
                "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port),
-               "--generation-config", "vllm", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]  # fmt: skip
+               "--generation-config", "vllm", "--dtype", "float32", "--max-model-len", "512",
+               "--enforce-eager"]  # fmt: skip
     asked = requests(world_images[:6])
     with serving(command, port, tmp_path / "log", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1",
                  VLLM_NO_USAGE_STATS="1", PYTHONPATH="") as url:  # fmt: skip
