@@ -59,7 +59,7 @@ class RayPool:
         _connect(address)
         _check_resources(workers, cpus, gpus)
         self._build, self._needs = build, {"num_cpus": cpus, "num_gpus": gpus}
-        self.lost = 0
+        self.lost = self._failed_starts = 0
         self.pids: dict[Any, int] = {}
         self._workers = [self._worker() for _ in range(workers)]
         self._running: dict[Any, tuple[Any, _Task | None]] = {}
@@ -116,19 +116,20 @@ class RayPool:
     def _next(self) -> tuple[_Task | None, Any]:
         """(task, result) of the next worker that is done; the task is None where it only started."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
         (done, *_), _ = ray.wait(list(self._running), num_returns=1)
         worker, task = self._running.pop(done)
         try:
             result = ray.get(done)
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError) as error:
             self._replace(worker, task, error)
             return task, _LOST
         except RayTaskError as error:
+            self._idle.append(worker)
             raise error.cause if isinstance(error.cause, Exception) else error from None
         if task is None:
-            self.pids[worker] = result
+            self.pids[worker], self._failed_starts = result, 0
         self._idle.append(worker)
         return task, result
 
@@ -138,7 +139,9 @@ class RayPool:
         self.pids.pop(worker, None)
         if task:
             task.lost += 1
-        blamed = task.lost if task else self.lost - len(self._workers)
+        else:
+            self._failed_starts += 1
+        blamed = task.lost if task else self._failed_starts
         if blamed >= TRIES:
             reason = " ".join(str(error).split())[:300]
             when = "over one call" if task else "as they started"
@@ -179,8 +182,7 @@ def _connect(address: str | None) -> None:
     for tried in range(STARTS):
         try:
             # named by itself, so that RAY_ADDRESS of the environment is not taken
-            ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_STORE,
-                     _node_ip_address="127.0.0.1", **quiet)  # fmt: skip
+            ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_STORE, **quiet)
             return
         except Exception as error:  # Ray raises this class itself where its processes take longer than it waits
             ray.shutdown()

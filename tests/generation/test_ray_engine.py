@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from sicog_exp.ray_pool import RayPool, RayPoolError
 from sicog_exp.recipe import EngineConfig, ModelConfig
 from sicog_exp.records import user
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import tests
 ONE_CORE = ModelConfig(device="cpu", threads=1)
 WARM = Decoding(1.0, 0.95, 16, 5, 2)
 
