@@ -58,7 +58,8 @@ class RayPool:
                  address: str | None = None) -> None:  # fmt: skip
         _connect(address)
         _check_resources(workers, cpus, gpus)
-        self._build, self._needs = build, {"num_cpus": cpus, "num_gpus": gpus}
+        self._build = build
+        self._needs: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
         self.lost = self._failed_starts = 0
         self.pids: dict[Any, int] = {}
         self._workers = [self._worker() for _ in range(workers)]
@@ -105,7 +106,8 @@ class RayPool:
     def _worker(self) -> Any:
         import ray
 
-        return ray.remote(_Worker).options(**self._needs).remote(self._build)
+        remote: Any = ray.remote(_Worker)
+        return remote.options(**self._needs).remote(self._build)
 
     def _start(self, worker: Any) -> None:
         self._running[worker.start.remote()] = worker, None

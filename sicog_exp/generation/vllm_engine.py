@@ -83,7 +83,8 @@ class VllmEngine(BatchedEngine):
             candidates = [candidate for (_, part), output in zip(parts, given, strict=True)
                           for candidate in _candidates(part, output.outputs, decoding)]  # fmt: skip
             read = {i: output.prompt_token_ids for (i, _), output in zip(parts, given, strict=True)}
-            yield Sampled(candidates, *self._counts(batch, [read[i] for i in range(len(batch))]), seconds=0.0)
+            prompt, image, encoded = self._counts(batch, [read[i] for i in range(len(batch))])
+            yield Sampled(candidates, prompt, 0.0, image, encoded)
 
     def log_likelihood(
         self, requests: Sequence[Request], continuations: Sequence[str]
