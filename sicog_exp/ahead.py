@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 
-from sicog_exp.recipe import ModelConfig, Recipe, RecipeError
+from sicog_exp.recipe import EngineConfig, ModelConfig, Recipe, RecipeError
 
 
 def check_ahead(recipe: Recipe) -> None:
     """Raises an error for users naming the key and the fix."""
     check_device(recipe.model)
+    check_engine(recipe.engine)
     check_packages(recipe)
     check_benchmarks(recipe)
     check_encoder(recipe)
@@ -34,6 +35,18 @@ def check_device(model: ModelConfig) -> None:
         raise RecipeError(f"model.nodes={model.nodes}: needs `srun` and a SLURM job with as many nodes, and this "
                           + (f"one has {given}" if given else "is none")
                           + "; submit it with `#SBATCH --nodes` (docs/cluster.md), or set model.nodes=1")  # fmt: skip
+
+
+def check_engine(engine: EngineConfig) -> None:
+    """That the packages which the engine needs are there; whether a server serves a generation is asked when it is."""
+    from importlib.util import find_spec
+
+    needed = {"vllm": engine.kind == "vllm", "openai": engine.kind == "openai", "ray": engine.workers > 0}
+    for package, wanted in needed.items():
+        if wanted and find_spec(package) is None:
+            key = f"engine.workers={engine.workers}" if package == "ray" else f"engine.kind={package}"
+            raise RecipeError(f"{key}: needs the {package} package (`pip install 'sicog-exp[{package}]'`); leave the "
+                              "key out elsewhere")  # fmt: skip
 
 
 def check_packages(recipe: Recipe) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any
 
 from sicog_exp.cleandata import check_step, without_overlaps, without_repeated_texts
 from sicog_exp.origins import base_step, data_step
 from sicog_exp.preferences import preference_tuned
 from sicog_exp.prompts import Kind
-from sicog_exp.recipe import EvaluationConfig, ModelConfig, Recipe, StageConfig
+from sicog_exp.recipe import EngineConfig, EvaluationConfig, ModelConfig, Recipe, StageConfig
 from sicog_exp.runner import Runner
 from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule, check_truth
 from sicog_exp.stopping import decides_by_scores, reason_to_stop
@@ -174,7 +174,8 @@ def self_data_module(
     recipe: Recipe, iteration: int, model: Artifact, data: Artifact, generators: Mapping[Group, Artifact],
     pools: list[Artifact], runner: Runner,
 ) -> SelfDataModule:  # fmt: skip
-    pool = PoolTask(recipe.sampling, recipe.model, "caption", iteration, recipe.seed, recipe.data.max_pixels)
+    pool = PoolTask(recipe.sampling, recipe.model, "caption", iteration, recipe.seed, recipe.data.max_pixels,
+                    recipe.engine)  # fmt: skip
     return SelfDataModule(pool, recipe.curation, mixture_task(recipe), model, data, generators, pools, runner.run)
 
 
@@ -185,6 +186,7 @@ class EvaluationTask:
     evaluation: EvaluationConfig
     model: ModelConfig
     benchmarks: Mapping[str, str]
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def scored(runner: Runner, recipe: Recipe, index: int, model: Artifact, data: Artifact) -> Generation:
@@ -203,7 +205,7 @@ def evaluate(runner: Runner, recipe: Recipe, name: str, model: Artifact, data: A
     from sicog_exp.evaluation.suites import suite_state
 
     benchmarks = suite_state(recipe.evaluation.suite, recipe.evaluation.judge)
-    task = EvaluationTask(recipe.evaluation, recipe.model, benchmarks)
+    task = EvaluationTask(recipe.evaluation, recipe.model, benchmarks, recipe.engine.of_evaluation)
     inputs = {"model": model, "data": data}
     return runner.run(Step(name, run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
 
@@ -213,15 +215,14 @@ def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workpla
     from sicog_exp.evaluation import benchmarks
     from sicog_exp.evaluation.answers import KeptAnswers
     from sicog_exp.evaluation.suites import load_suite
-    from sicog_exp.generation.transformers_engine import TransformersEngine, halvings
-    from sicog_exp.models.loading import work_of
+    from sicog_exp.generation.engines import open_engine
 
-    engine = TransformersEngine.from_recipe(inputs["model"].path, task.model)
     suite = load_suite(task.evaluation.suite)
-    kept = KeptAnswers(engine, workplace.scratch, inputs["model"].content)
-    scores = benchmarks.evaluate(kept, suite, inputs["data"].path, task.evaluation, workplace.directory,
-                                 task.evaluation.split)  # fmt: skip
-    workplace.device = task.model.device_name
+    with open_engine(inputs["model"].path, task.model, task.engine) as opened:
+        kept = KeptAnswers(opened.engine, workplace.scratch, inputs["model"].content)
+        scores = benchmarks.evaluate(kept, suite, inputs["data"].path, task.evaluation, workplace.directory,
+                                     task.evaluation.split)  # fmt: skip
+    workplace.device = opened.device
     workplace.add(samples=sum(score.n for score in scores.tasks.values()),
-                  model_seconds=engine.busy_seconds + kept.kept_seconds, **halvings(engine),
-                  **work_of(engine.model).of_sampling(kept.counted))  # fmt: skip
+                  model_seconds=opened.engine.busy_seconds + kept.kept_seconds, **opened.halvings,
+                  **opened.work.of_sampling(kept.counted))  # fmt: skip

@@ -38,9 +38,11 @@ def preference_tuned(recipe: Recipe, generators: Mapping[Group, Artifact], data:
     config, seed = recipe.preference, recipe.seed
     items = run(Step("preference-items", draw_items, ItemsTask(config.images), {"data": data}, revision=REVISION))
     inputs = {"data": data, "items": items}
-    task = PoolTask(recipe.sampling, recipe.model, "caption", iteration, seed, recipe.data.max_pixels)
+    task = PoolTask(recipe.sampling, recipe.model, "caption", iteration, seed, recipe.data.max_pixels,
+                    recipe.engine)  # fmt: skip
     pools = sample_pools(task, generators, inputs, run, "preference-generate")
-    curated = curate_pools("preference-curate", recipe.curation, items, list(pools.values()), run)
+    curated = curate_pools("preference-curate", recipe.curation, items, list(pools.values()), run,
+                           recipe.engine)  # fmt: skip
     rejected = pools
     if config.rejected == "corrupted":
         corrupted = run(Step("preference-corrupt", corrupt_items, CorruptTask(recipe.data.max_pixels),

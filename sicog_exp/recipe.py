@@ -466,6 +466,60 @@ class CapsConfig:
             _require(value is None or value >= 0, f"{name}={value}: must be 0 or more, or null for no limit")
 
 
+def _elsewhere(default: Any) -> Any:
+    """A field that says where or how fast something computes, not what: the store leaves it out of fingerprints."""
+    return field(default=default, metadata={"identity": False})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What samples candidates and answers benchmarks. Training knows nothing of it."""
+
+    kind: Literal["transformers", "vllm", "openai"] = "transformers"
+    """`transformers`: in this process; `vllm`: in this process, by the vllm package; `openai`: a server that you run
+    and that speaks OpenAI's protocol (`vllm serve`, say)."""
+    evaluates: bool = _elsewhere(True)
+    """False: benchmarks are answered by `transformers` all the same. A server cannot score given answers, as tasks of
+    multiple choice ask."""
+    max_length: int | None = None
+    """`vllm`: tokens of a prompt and its answer together; as many as the model allows if nothing is said."""
+    memory: float = _elsewhere(0.9)
+    """`vllm`: share of a GPU's memory for weights and key/value cache."""
+    server: str | None = _elsewhere(None)
+    """`openai`: the server's base URL, such as http://127.0.0.1:8000/v1. Its key is read from SICOG_API_KEY."""
+    in_flight: int = _elsewhere(32)
+    """`openai`: requests that are under way at once."""
+    wait: float = _elsewhere(0.0)
+    """`openai`: seconds to wait for the server to serve the generation that is asked; it is looked for every few
+    seconds."""
+    workers: int = _elsewhere(0)
+    """Above 0, so many workers of a Ray cluster share the batches, each with an engine of its own: a core or
+    `worker_gpus`."""
+    worker_gpus: float | None = _elsewhere(None)
+    """GPUs of each worker; one where `model.device` is a GPU here, else none."""
+    ray: str | None = _elsewhere(None)
+    """Address of the Ray cluster (`auto` for the one that this machine belongs to); a cluster of this machine alone,
+    for the time of the run, if nothing is said."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_length", "in_flight")
+        _require(0 < self.memory <= 1, f"engine.memory={self.memory}: must be above 0 and at most 1")
+        _require(self.wait >= 0 and self.workers >= 0, f"engine.wait={self.wait}, engine.workers={self.workers}: must "
+                 "be 0 or more")  # fmt: skip
+        _require((self.worker_gpus or 0) >= 0, f"engine.worker_gpus={self.worker_gpus}: must be 0 or more")
+        _require((self.kind == "openai") == (self.server is not None), f"engine.kind={self.kind}, engine.server="
+                 f"{self.server}: a server's URL belongs to engine.kind=openai; give both or neither")  # fmt: skip
+        _require(self.server is None or self.server.startswith(("http://", "https://")), f"engine.server={self.server}:"
+                 " must be an http or https URL, such as http://127.0.0.1:8000/v1")  # fmt: skip
+        _require(self.kind != "openai" or self.workers == 0, f"engine.workers={self.workers}: a server takes its "
+                 "requests from this process; set engine.in_flight instead")  # fmt: skip
+
+    @property
+    def of_evaluation(self) -> EngineConfig:
+        """What answers benchmarks."""
+        return self if self.evaluates else dataclasses.replace(self, kind="transformers", server=None, max_length=None)
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What every generation is scored on, through lmms-eval."""
@@ -580,6 +634,7 @@ class Recipe:
     pretrain: StageConfig = field(default_factory=StageConfig)
     instruct: StageConfig = field(default_factory=StageConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     curation: CurationConfig = field(default_factory=CurationConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     caps: CapsConfig = field(default_factory=CapsConfig)

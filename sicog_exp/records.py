@@ -101,14 +101,15 @@ def turns_conversation(turns: Sequence[tuple[str, str]], images: int) -> tuple[M
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sampled output. `logprob` is the sum over its `tokens` new tokens, in nats, of the untempered model."""
+    """One sampled output. `logprob` is the sum over its `tokens` new tokens, in nats, of the untempered model; None
+    where an engine cannot say it."""
 
     sample_id: str
     kind: Kind
     index: int
     text: str
     seed: int
-    logprob: float
+    logprob: float | None
     tokens: int
     finish_reason: Literal["stop", "length"]
 
@@ -118,7 +119,7 @@ class Candidate:
         if not isinstance(self.text, str) or self.finish_reason not in ("stop", "length"):
             raise RecordError(f"candidate {self.key}: text {self.text!r:.80}, finish reason {self.finish_reason!r}; "
                               "an engine must give a string and stop or length")  # fmt: skip
-        if not math.isfinite(self.logprob) or self.tokens < 0:
+        if not math.isfinite(self.logprob or 0.0) or self.tokens < 0:
             raise RecordError(f"candidate {self.key}: logprob {self.logprob}, {self.tokens} tokens; needs a finite "
                               "number and 0 or more")  # fmt: skip
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from sicog_exp.curation.diagnosis import read_truth
-from sicog_exp.curation.embeddings import embed_texts, encoder_state, encoder_work, stored_encoder
+from sicog_exp.curation.embeddings import (
+    Embed,
+    EmbeddingWorker,
+    embed_texts,
+    encoder_state,
+    encoder_work,
+    stored_encoder,
+)
 from sicog_exp.curation.files import curate_file
 from sicog_exp.curation.filters import parse
 from sicog_exp.curation.items import ROW_KINDS, Group, group_of
@@ -18,7 +27,7 @@ from sicog_exp.data.readers import words_of
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.pool_index import PoolIndex
 from sicog_exp.prompts import Kind, final_text, prompt, question_of
-from sicog_exp.recipe import CurationConfig, ModelConfig, Recipe, RecipeError, SamplingConfig
+from sicog_exp.recipe import CurationConfig, EngineConfig, ModelConfig, Recipe, RecipeError, SamplingConfig
 from sicog_exp.records import (
     Record,
     RecordFile,
@@ -48,6 +57,7 @@ class PoolTask:
     iteration: int
     seed: int
     max_pixels: int = 50_000_000
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def requests_for(task: PoolTask, unlabeled: Iterable[Record], root: Path) -> list[Request]:
@@ -74,19 +84,18 @@ def items_of(inputs: Mapping[str, Artifact]) -> RecordFile:
 
 def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Sample candidates for the items of one group into `candidates.jsonl`."""
+    from sicog_exp.generation.engines import open_engine
     from sicog_exp.generation.pool import generate_pool
-    from sicog_exp.generation.transformers_engine import TransformersEngine, halvings
-    from sicog_exp.models.loading import work_of
 
-    engine = TransformersEngine.from_recipe(inputs["generator"].path, task.model)
     requests = requests_for(task, items_of(inputs), inputs["data"].path)
     sampling = task.sampling
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)
-    facts = generate_pool(engine, requests, decoding, workplace.scratch, workplace.directory / "candidates.jsonl",
-                          workplace.progress)  # fmt: skip
-    workplace.device = task.model.device_name
-    workplace.add(samples=facts["candidates"], model_seconds=facts["seconds"],
-                  **halvings(engine), **work_of(engine.model).of_sampling(facts))  # fmt: skip
+    with open_engine(inputs["generator"].path, task.model, task.engine) as opened:
+        facts = generate_pool(opened.engine, requests, decoding, workplace.scratch,
+                              workplace.directory / "candidates.jsonl", workplace.progress)  # fmt: skip
+    workplace.device = opened.device
+    workplace.add(samples=facts["candidates"], model_seconds=facts["seconds"], **opened.halvings,
+                  **opened.work.of_sampling(facts))  # fmt: skip
 
 
 def sample_pools(task: PoolTask, generators: Mapping[Group, Artifact], inputs: Mapping[str, Artifact],
@@ -153,6 +162,8 @@ class EmbeddingTask:
 
     encoder: str
     state: str
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How many workers share the texts; which engine samples does not matter here."""
 
 
 def compared_texts(pool: Path) -> Iterator[str]:
@@ -167,20 +178,38 @@ def compared_texts(pool: Path) -> Iterator[str]:
 def embed(task: EmbeddingTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Embed a pool's compared texts, once for every curation of it."""
     started = time.perf_counter()
-    texts = embed_texts(lambda: compared_texts(inputs["pool"].path), task.encoder, workplace.directory,
-                        workplace.scratch, workplace.progress)  # fmt: skip
+    with embedded_by(task) as spread:
+        texts = embed_texts(lambda: compared_texts(inputs["pool"].path), task.encoder, workplace.directory,
+                            workplace.scratch, workplace.progress, spread)  # fmt: skip
     workplace.add(samples=texts, model_seconds=time.perf_counter() - started)
     workplace.add(**encoder_work(compared_texts(inputs["pool"].path), task.encoder))
 
 
+@contextmanager
+def embedded_by(task: EmbeddingTask) -> Iterator[Embed | None]:
+    """Ray workers that embed batches, where the recipe has some; None for this process."""
+    if not task.engine.workers:
+        yield None
+        return
+    from sicog_exp.ray_pool import RayPool
+
+    pool = RayPool(partial(EmbeddingWorker, task.encoder), task.engine.workers, gpus=task.engine.worker_gpus or 0,
+                   address=task.engine.ray)  # fmt: skip
+    try:
+        yield lambda batches: pool.map("vectors", ((batch,) for batch in batches))
+    finally:
+        pool.close()
+
+
 def embeddings(config: CurationConfig, pools: Sequence[Artifact], run: Callable[[Step], Artifact],
-               ) -> dict[str, Artifact]:  # fmt: skip
+               engine: EngineConfig | None = None) -> dict[str, Artifact]:  # fmt: skip
     """The embeddings of the pools' texts, where a model compares them; `run` makes or reads each."""
     if config.encoder == "lexical":
         return {}
     groups = {group for group in GROUPS if "similarity" in weights_of(config, group)}
     compared = [pool for pool in pools if pool.name.rpartition("-")[2] in groups]
-    task = EmbeddingTask(config.encoder, encoder_state(config.encoder))
+    workers = replace(engine or EngineConfig(), kind="transformers", server=None, max_length=None)
+    task = EmbeddingTask(config.encoder, encoder_state(config.encoder), workers)
     steps = [Step("embed", embed, task, {"pool": pool}, 0, EMBEDDING_REVISION) for pool in compared]
     return {f"embeddings{i:02d}": run(step) for i, step in enumerate(steps)}
 
@@ -215,9 +244,9 @@ def weighted_rows(curated: Path, unlabeled: Iterable[Record]) -> Iterator[tuple[
 
 
 def curate_pools(name: str, curation: CurationConfig, data: Artifact, pools: Sequence[Artifact],
-                 run: Callable[[Step], Artifact]) -> Artifact:  # fmt: skip
+                 run: Callable[[Step], Artifact], engine: EngineConfig | None = None) -> Artifact:  # fmt: skip
     """Curate these pools together; `data` holds the items that they were sampled for."""
-    inputs = {"data": data, **numbered(pools), **embeddings(curation, pools, run)}
+    inputs = {"data": data, **numbered(pools), **embeddings(curation, pools, run, engine)}
     return run(Step(name, curate, CurationTask(curation), inputs, 0, CURATION_REVISION))
 
 
@@ -263,4 +292,5 @@ class SelfDataModule(MixtureData):
             return
         data = self.inputs["data"]
         self.pools += sample_pools(self._pool_task, self._generators, {"data": data}, self._run).values()
-        self.curated = self.inputs["curated"] = curate_pools("curate", self._curation, data, self.pools, self._run)
+        self.curated = self.inputs["curated"] = curate_pools("curate", self._curation, data, self.pools, self._run,
+                                                                      self._pool_task.engine)  # fmt: skip

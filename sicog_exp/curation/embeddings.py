@@ -27,28 +27,50 @@ def encoder_state(name: str) -> str:
     return digest_of(checksums(folder)) if folder.is_dir() else name
 
 
+Embed = Callable[[Iterable[list[str]]], Iterator[npt.NDArray]]
+"""Batches of texts to their vectors, in order."""
+
+
 def embed_texts(texts: Callable[[], Iterator[str]], name: str, folder: Path, scratch: Path,
-                progress: Progress | None = None) -> int:  # fmt: skip
+                progress: Progress | None = None, spread: Embed | None = None) -> int:  # fmt: skip
     """Embed every distinct text of a stream, which is read twice, into `folder`; returns their number n.
 
     `vectors.npy` is (n, d) float32, `texts.bin` the digests of its rows' texts. A killed run goes on with the first
-    batch that is not marked as done. Raises CurationError for an encoder that cannot be used.
+    batch that is not marked as done. `spread` computes the batches, if it is given, and not this process. Raises
+    CurationError for an encoder that cannot be used.
     """
     rows = {digest: row for row, digest in enumerate(dict.fromkeys(map(_digest, texts())))}
     (folder / TEXTS).write_bytes(b"".join(rows))
-    mark, embed = scratch / DONE, embedder(name)
+    mark = scratch / DONE
     done = int(mark.read_text() or 0) if mark.exists() else 0
-    for batch in batched(islice(_distinct(texts(), rows), done, None), TEXTS_PER_BATCH):
-        vectors = np.asarray(embed(batch), np.float32)
+    for embedded in (spread or embedding(name))(batched(islice(_distinct(texts(), rows), done, None), TEXTS_PER_BATCH)):
+        vectors = np.asarray(embedded, np.float32)
         shape = (len(rows), vectors.shape[1])
         stored = np.lib.format.open_memmap(folder / VECTORS, "r+" if done else "w+", np.float32, shape)
-        stored[done : done + len(batch)] = vectors
+        stored[done : done + len(vectors)] = vectors
         stored.flush()
-        done += len(batch)
+        done += len(vectors)
         mark.write_text(str(done))
         if progress:
             progress(done, len(rows))
     return len(rows)
+
+
+def embedding(name: str) -> Embed:
+    """Batch by batch, in this process."""
+    embed = embedder(name)
+    return lambda batches: (np.asarray(embed(batch), np.float32) for batch in batches)
+
+
+class EmbeddingWorker:
+    """The same for one batch, in a worker's process."""
+
+    def __init__(self, name: str) -> None:
+        self._embed = embedder(name)
+
+    def vectors(self, batch: list[str]) -> npt.NDArray:
+        """(texts, width) float32."""
+        return np.asarray(self._embed(batch), np.float32)
 
 
 def _digest(text: str) -> bytes:

@@ -96,12 +96,17 @@ def evaluate(
     made = {task.task: _task_score(task, samples[task.task], _kind(results, task.task)) for task in tasks}
     asked = engine.engine if isinstance(engine, KeptAnswers) else engine
     scores = Scores(
-        suite.name, split, made, harness_version(), type(asked).__name__, config.batch_size, config.max_new_tokens
+        suite.name, split, made, harness_version(), engine_name(asked), config.batch_size, config.max_new_tokens
     )
     write_jsonl(out / SAMPLES, (asdict(sample) for rows in samples.values() for sample in rows))
     _write_json(out / SCORES, asdict(scores))
     _write_json(out / RESULTS, {key: results[key] for key in ("results", "versions", "n-samples")})
     return scores
+
+
+def engine_name(engine: Engine) -> str:
+    """Of what computed: where workers share the work, that of their engine."""
+    return getattr(engine, "name", type(engine).__name__)
 
 
 @contextmanager

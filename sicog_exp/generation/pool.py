@@ -30,7 +30,9 @@ class PoolError(RuntimeError):
 
 
 class PoolEngine(Engine, Protocol):
-    """What a pool needs of an engine beyond sampling."""
+    """What a pool needs of an engine beyond sampling. `busy_seconds` is the time for which its callers waited."""
+
+    busy_seconds: float
 
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
         """The batches of `sample`."""

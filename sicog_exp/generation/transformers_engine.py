@@ -306,11 +306,6 @@ class TransformersEngine:
         return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
 
 
-def halvings(engine: TransformersEngine) -> dict[str, float]:
-    """What a step reports of memory that was short; nothing where it was not."""
-    return {"halved_batches": engine.halved} if engine.halved else {}
-
-
 def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     """Every token that ends a response, from the model's generation configuration and the tokenizer."""
     configured = getattr(model.generation_config, "eos_token_id", None)

@@ -51,6 +51,20 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
     assert sum(map(len, calls)) == len(DISTINCT) + 2 * (after < 3), "only the batch that died is embedded again"
 
 
+def test_others_may_compute_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(e, "TEXTS_PER_BATCH", 2)
+    monkeypatch.setattr(e, "embedder", lambda name: pytest.fail("a model was loaded in this process"))
+    batches: list[list[str]] = []
+
+    def spread(given):
+        batches.extend(given)  # all asked before the first is answered, as workers do
+        return (hashed(batch) for batch in batches)
+
+    assert e.embed_texts(lambda: iter(TEXTS), "any", tmp_path, tmp_path, spread=spread) == len(DISTINCT)
+    assert [text for batch in batches for text in batch] == DISTINCT
+    assert np.array_equal(np.load(tmp_path / e.VECTORS), hashed(DISTINCT).astype(np.float32))
+
+
 def test_no_text_no_vectors(tmp_path: Path) -> None:
     assert e.embed_texts(lambda: iter([]), "minilm", tmp_path, tmp_path) == 0
     assert e.stored_encoder("minilm", [tmp_path]).similarities([]).shape == (0, 0)

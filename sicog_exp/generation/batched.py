@@ -1,0 +1,78 @@
+"""What engines share that hand a whole batch to something else: a library, a server, another process."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from sicog_exp.data.images import ImageError, open_image
+from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
+from sicog_exp.generation.requests import EngineError, check_decoding, check_requests, cut
+from sicog_exp.records import Candidate
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 50_000_000
+SEED_BITS = 31
+"""What every server takes for a seed."""
+
+
+class BatchedEngine:
+    """An engine that gives `finished`, the batches' results in order; see `generation.engine.Engine` for the rest.
+
+    `busy_seconds` is the time for which callers waited, `counted` what was computed for them (`Sampled.counted`).
+    """
+
+    def __init__(self) -> None:
+        self.busy_seconds = 0.0
+        self.counted: Counter[str] = Counter()
+
+    def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
+        """The batches of `sample`: requests in their order, since nothing is padded here."""
+        return cut(requests, [0] * len(requests), decoding.batch_size)
+
+    def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[list[Candidate]]:
+        """One list of candidates per batch of `plan`; see the protocol."""
+        check_requests(requests)
+        check_decoding(decoding)
+        return (sampled.candidates for sampled in self.sample_batches(self.plan(requests, decoding), decoding))
+
+    def sample_batches(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
+        """Each batch when it is finished, in order; see `generation.pool.PoolEngine`."""
+        started = time.perf_counter()
+        for made in self.finished(batches, decoding):
+            seconds = time.perf_counter() - started
+            self.busy_seconds += seconds
+            sampled = Sampled(made.candidates, made.prompt_tokens, seconds, made.image_tokens, made.encoded_tokens)
+            self.counted.update(sampled.counted)
+            yield sampled
+            started = time.perf_counter()
+
+    def finished(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
+        """The batches' results in order; their seconds are measured by the caller."""
+        raise NotImplementedError
+
+
+def sampled_once(request: Request, decoding: Decoding) -> int:
+    """Continuations to draw for a request: greedy ones are all the same, and libraries refuse to draw several."""
+    return request.count if decoding.temperature > 0 else 1
+
+
+def request_seed(request: Request, decoding: Decoding) -> int:
+    """The seed behind a request's first candidate, from which libraries and servers count up, one a candidate.
+
+    Candidate i of a sample and kind has the same seed whether it is asked with others or alone.
+    """
+    return (candidate_seed(decoding.seed, request.sample_id, request.kind, 0) + request.first_index) % (1 << SEED_BITS)
+
+
+def opened_images(request: Request, max_pixels: int) -> list[Image]:
+    """A request's images, in order. One that cannot be opened names the sample: raises EngineError."""
+    try:
+        paths = [path.resolve() for path in request.images]
+        return [open_image(path.parent, path.name, max_pixels) for path in paths]
+    except ImageError as error:
+        raise EngineError(f"sample {request.sample_id!r}: {error}") from error
