@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, Family, build
+from families import Family, build
 from PIL import Image
 from torch.utils.data import IterableDataset
 
@@ -28,6 +28,7 @@ from sicog_exp.generation.requests import keys_of
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.models.adapters import linear_layers, merge_adapters
 from sicog_exp.models.loading import PARTS, ModelError, ModelSource, load_model, part_parameters, save_model
+from sicog_exp.models.miniatures import FAMILIES
 from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.records import Message, user
 from sicog_exp.store import Workplace
