@@ -21,7 +21,7 @@ from sicog_exp.curation.contamination import Overlap, Picture, Question, Row, Te
 from sicog_exp.data.images import open_image
 from sicog_exp.data.readers import words_of
 from sicog_exp.evaluation.suites import load_suite, suite_state
-from sicog_exp.prompts import question_of
+from sicog_exp.prompts import CAPTION_KINDS, prompt, question_of
 from sicog_exp.recipe import Recipe, RecipeError
 from sicog_exp.records import Record, read_jsonl, read_records, write_jsonl, write_records
 from sicog_exp.store import MANIFEST, Artifact, Step, Workplace
@@ -152,7 +152,8 @@ def _link(path: Path, place: Path) -> None:
 
 def _row(split: str, record: Record) -> Row:
     """A record's questions and responses as two texts, without images and wordings of ours."""
-    asked = [question_of(record.kind, words_of(m)) for m in record.messages if m.role == "user"]
+    words = [words_of(message) for message in record.messages if message.role == "user"]
+    asked = [question_of(record.kind, text) for text in words if text not in map(prompt, CAPTION_KINDS)]
     said = [message.content for message in record.messages if message.role == "assistant"]
     return Row(split, record.id, "\n".join(asked), "\n".join(said), record.images)
 

@@ -1,8 +1,8 @@
 """`scale=smoke`: a recipe as it is written, on a miniature of its model and a handful of pictures.
 
 Swapped are the model (the same architecture, a few ten thousand random weights), the files (made, in the recipe's
-formats), the benchmarks (the recipe's own data) and all counts. A random model says nothing that curation would keep, so
-every candidate is kept. All other lines stay: stages, rates, adapters, mixture, kinds, scorers, precision, engine.
+formats), the benchmarks (the recipe's own data) and all counts. A random model says nothing that curation would keep,
+so every candidate is kept. All other lines stay: stages, rates, adapters, mixture, kinds, scorers, precision, engine.
 """
 
 from __future__ import annotations

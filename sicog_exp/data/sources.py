@@ -43,8 +43,8 @@ from sicog_exp.records import Record, RecordFile, conversation, turns_conversati
 
 SPLITS = ("annotated", "unlabeled", "instruction", "development", "benchmark")
 PUBLIC = ("instruction", "alignment")
-"""Splits of `own` that train beside the annotated rows, where they are named. Public sets show each other's pictures: one
-of theirs may be in any training split, never in development or the benchmark."""
+"""Splits of `own` that train beside the annotated rows, where they are named. Public sets show each other's pictures:
+one of theirs may be in any training split, never in development or the benchmark."""
 REJECTED = "rejected.jsonl"
 BASE_TURNS = 6
 """Turns of a conversation about one instruction image."""
@@ -400,13 +400,14 @@ def _own(config: DataConfig, dataset: Dataset) -> None:
     sets may show pictures that train elsewhere too.
     """
     missing = [split for split in ("benchmark", "development") if getattr(config, split) is None]
-    public = [split for split in PUBLIC if getattr(config, split) is not None]
-    for split in ("benchmark", "development", "annotated", *public):
+    for split in ("benchmark", "development", "annotated"):
         if split not in missing:
             dataset.selected[split] = Selection(_named(config, dataset, split), split, {}, split)
     _separate(config, dataset)
     if config.holdout and missing:
         _hold_out(config, dataset, missing)
+    for split in (split for split in PUBLIC if getattr(config, split) is not None):
+        dataset.selected[split] = _public(config, dataset, split)
     _own_requests(config, dataset)
     for split in ("annotated", "unlabeled"):
         if not any(True for _ in dataset.records(split)):
@@ -477,8 +478,6 @@ def _separate(config: DataConfig, dataset: Dataset) -> None:
     for split, selection in dataset.selected.items():
         aside: dict[str, str] = {}
         shown: set[str] = set()
-        if split in PUBLIC:
-            taken = {image: owner for image, owner in taken.items() if owner != "annotated"}
         for record in selection:
             clash = next((taken[image] for image in record.images if image in taken), None)
             if clash is None:
@@ -488,8 +487,19 @@ def _separate(config: DataConfig, dataset: Dataset) -> None:
             bad = BadRow("held out", f"shows an image of the {clash} split", f"remove the row from {split} or {clash}")
             dataset.intake.reject(_path(config, split), dataset.intake.origin[split, record.id], record.id, bad)
         dataset.selected[split] = replace(selection, places=aside)
-        if split not in PUBLIC:
-            taken |= dict.fromkeys(shown, split)
+        taken |= dict.fromkeys(shown, split)
+
+
+def _public(config: DataConfig, dataset: Dataset, split: str) -> Selection:
+    """A public set's records; those that show a picture of development or the benchmark are set aside."""
+    scored = {image: owner for owner in ("benchmark", "development") for record in dataset.records(owner)
+              for image in record.images}  # fmt: skip
+    whole = Selection(_named(config, dataset, split), split, {}, split)
+    shown = {record.id: owner for record in whole for image in record.images if (owner := scored.get(image))}
+    for id, owner in shown.items():
+        bad = BadRow("held out", f"shows an image of the {owner} split", "nothing to do")
+        dataset.intake.reject(_path(config, split), dataset.intake.origin[split, id], id, bad)
+    return replace(whole, places=dict.fromkeys(shown, ""))
 
 
 def _own_requests(config: DataConfig, dataset: Dataset) -> None:

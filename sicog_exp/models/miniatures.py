@@ -1,6 +1,6 @@
-"""Architectures of transformers as models of a few ten thousand random weights with their real processors, for tests and
-for `scale=smoke`: built from their own configuration classes, with one small tokenizer that has the family's special
-tokens. Nothing is downloaded, and nothing was learned."""
+"""Architectures of transformers as models of a few ten thousand random weights with their real processors, for tests
+and for `scale=smoke`: built from their own configuration classes, with one small tokenizer that has the family's
+special tokens. Nothing is downloaded, and nothing was learned."""
 
 from __future__ import annotations
 
