@@ -748,7 +748,7 @@ def _merged(read: Any, given: Any) -> Any:
     """A file with overrides on top; between them its `other_base`, where the base is another."""
     from omegaconf import OmegaConf
 
-    merged = OmegaConf.merge(read, given)
+    merged: Any = OmegaConf.merge(read, given)
     other = OmegaConf.select(merged, "other_base")
     model = merged.get("model") or {}
     if not other or (model.get("base", "embedded") == "embedded" and not model.get("language")):
@@ -767,8 +767,8 @@ def other_base(path: str | Path, overrides: typing.Sequence[str] = ()) -> dict[s
     from omegaconf import OmegaConf
 
     applied = load(path, overrides)
-    written = OmegaConf.to_container(OmegaConf.select(OmegaConf.load(path), "other_base") or OmegaConf.create())
-    if applied.other_base or not isinstance(written, dict):
+    written: Any = OmegaConf.select(OmegaConf.load(path), "other_base")
+    if applied.other_base or not written:
         return {}
     return {f"{section}.{key}": getattr(getattr(applied, section), key)
             for section, keys in written.items() for key in keys}  # fmt: skip

@@ -8,10 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sicog_exp.models.adapters import linear_layers
 from sicog_exp.models.loading import ModelError, Work, image_tokens_of, part_parameters, work_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DEFAULT_IMAGE_TOKENS = 576
 """Tokens of an image whose model makes more of a larger one: those of CLIP-ViT-L/14-336."""
@@ -34,6 +35,8 @@ class Shape:
     vocabulary: int
     vision_width: int
     vision_layers: int
+    sides: Mapping[str, int]
+    """Part -> inputs and outputs of its linear layers together: the parameters of its adapters, by their rank."""
 
     @property
     def parameters(self) -> int:
@@ -83,7 +86,13 @@ def shape_of(config: PretrainedConfig, name: str) -> Shape:
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shape(name, work_of(model), counts, image_tokens_of(config) or DEFAULT_IMAGE_TOKENS, text.hidden_size,
                  text.num_hidden_layers, 2 * text.num_hidden_layers * heads * head_width, text.vocab_size,
-                 getattr(vision, "hidden_size", text.hidden_size), getattr(vision, "num_hidden_layers", 0))  # fmt: skip
+                 getattr(vision, "hidden_size", text.hidden_size), getattr(vision, "num_hidden_layers", 0),
+                 {part: _sides(model, part) for part in counts})  # fmt: skip
+
+
+def _sides(model: PreTrainedModel, part: str) -> int:
+    layers: list[Any] = [model.get_submodule(name) for name in linear_layers(model, [part])]
+    return sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def composed_shape(language: str, vision: str) -> Shape:

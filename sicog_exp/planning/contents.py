@@ -297,7 +297,8 @@ def _assumed(config: DataConfig, image_tokens: int) -> Contents:
         annotated, _assumed_rows("instruction", image_tokens, config.instruction_images),
         _assumed_rows("alignment", image_tokens, ALIGNMENT_ROWS if config.alignment else 0),
         _assumed_rows("text", image_tokens, config.instruction_images), dict(annotated), config.unlabeled_images,
-        config.unlabeled_images * per_image, splits, sum(getattr(config, name) for name in SIZES), PICTURE_BYTES,
+        config.unlabeled_images * per_image, splits,
+        sum(getattr(config, name) for name in SIZES) + (ALIGNMENT_ROWS if config.alignment else 0), PICTURE_BYTES,
         (note,))  # fmt: skip
 
 

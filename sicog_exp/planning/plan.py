@@ -179,7 +179,8 @@ class _Planner:
 
     def _beginning(self) -> Iterator[PlannedStep]:
         contents, base = self.contents, Path(resolve_base(self.recipe.model.base))
-        weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) if base.is_dir() else 0
+        whole = base.is_dir() and not self.recipe.model.language
+        weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) if whole else 0
         yield PlannedStep(0, "data", disk=contents.pictures * contents.picture_bytes)
         rows = [*contents.annotated.values(), contents.instruction, contents.alignment, contents.text]
         unlabeled = contents.captions + contents.questions
@@ -280,12 +281,13 @@ class _Planner:
         return len(COD_TURNS) * asked.text, asked.image, self._sampled("cod")
 
     def _state(self, stage: StageConfig) -> float:
-        """Bytes of weights, and of gradients and AdamW's two moments where a part trains; adapters are left out."""
+        """Bytes of weights and adapters, and of gradients and AdamW's two moments of what trains."""
         trained, adapted = (sum(self.shape.parts[part] for part in parts) for parts in (stage.trained, stage.adapted))
         held = QUANTIZED_BYTES if stage.lora_4bit else self.weight_bytes
         moment = 1 if stage.optimizer == "adamw_8bit" else self.weight_bytes
-        whole = self.weight_bytes * (self.shape.parameters - adapted) + held * adapted
-        return whole + (self.weight_bytes + 2 * moment) * trained
+        beside = stage.lora_rank * sum(self.shape.sides[part] for part in stage.adapted)
+        whole = self.weight_bytes * (self.shape.parameters - adapted + beside) + held * adapted
+        return whole + (self.weight_bytes + 2 * moment) * (trained + beside)
 
     def _activations(self, stage: StageConfig, length: float, image: float, new: float) -> float:
         """Bytes that a micro-batch of mean rows leaves for the backward pass."""
@@ -444,7 +446,7 @@ class _Planner:
         yield (f"memory: {recipe.model.precision}, gradients and AdamW's two moments of what trains, activations of "
                f"one micro-batch of mean rows at {ACTIVATIONS} numbers a token, layer and feature (Korthikanti et al. "
                f"2022){', computed again' if recipe.model.gradient_checkpointing else ''}; key/value caches at full "
-               "length; no libraries, no adapters")  # fmt: skip
+               "length; no libraries")  # fmt: skip
         if recipe.stop.no_gain or recipe.stop.collapse or recipe.stop.budget_flops:
             yield "all iterations run: no stop rule ends them"
         if recipe.curation.encoder != "lexical" and not self._encoder_parameters():
