@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sicog_exp.cli import main
 from sicog_exp.models.loading import EMBEDDED_BASE, ModelError
-from sicog_exp.models.shapes import PUBLISHED, encoder_parameters, read_shape
+from sicog_exp.models.shapes import encoder_parameters, read_shape
 from sicog_exp.planning import plan as p
 from sicog_exp.planning.contents import Contents, Held, Rows, Ruler, read_contents
 from sicog_exp.planning.devices import DEVICES
