@@ -31,6 +31,7 @@ from sicog_exp.recipe import (
     StageConfig,
 )
 from sicog_exp.records import Record, read_records
+from sicog_exp.reporting.export import chat_row, llava_row
 
 PREFIX = "smoke-"
 COUNTS = {"annotated_images": 8, "unlabeled_images": 4, "instruction_images": 4, "development_images": 3,
@@ -214,7 +215,7 @@ def _write_split(split: str, path: Path, world: _World, folder: Path) -> None:
             shutil.copyfile(folder / image, path / Path(image).name)
         return
     records = world.records["annotated" if split == "alignment" else split]
-    row = _llava_row if path.suffix == ".json" else _chat_row
+    row = llava_row if path.suffix == ".json" else chat_row
     _write_rows(path, (row(record) for record in records if split != "alignment" or record.kind == "dd"))
 
 
@@ -229,14 +230,3 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     text = "[" + ",\n".join(lines) + "]" if path.suffix == ".json" else "\n".join(lines)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _llava_row(record: Record) -> dict[str, Any]:
-    names = {"user": "human", "assistant": "gpt"}
-    turns = [{"from": names[message.role], "value": message.content} for message in record.messages]
-    return {"id": record.id, "conversations": turns} | ({"image": record.images[0]} if record.images else {})
-
-
-def _chat_row(record: Record) -> dict[str, Any]:
-    turns = [{"role": message.role, "content": message.content} for message in record.messages]
-    return {"id": record.id, "images": list(record.images), "messages": turns}

@@ -14,6 +14,7 @@ from sicog_exp.cli import main
 from sicog_exp.models.shapes import PUBLISHED
 from sicog_exp.recipe import Recipe, RecipeError, load, to_yaml
 from sicog_exp.reporting import report, side_by_side
+from sicog_exp.reporting.export import ExportError, export
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 REAL = {"llava_qwen2_7b": "llava", "qwen2_5_vl_7b": "qwen2_5_vl", "smolvlm_2b": "smolvlm", "paper_lowres": "llava"}
@@ -68,6 +69,8 @@ def check_marked(summary: dict[str, Any], run: Path, name: str) -> None:
     assert "smoke-" in found.info.run_name
     assert found.data.tags["sicog.scale"] == "smoke"
     assert client.search_registered_models() == []
+    with pytest.raises(ExportError, match="is a smoke test"):
+        export(summary["run_id"], run.parent.parent / "passed-on")
     page = (run / "report.html").read_text()
     assert "Not a result: a smoke test" in page.partition("</header>")[0]
     data = report.from_json((run / report.DATA).read_bytes())
