@@ -116,14 +116,19 @@ def _idefics_template() -> str:
                          "<|im_start|>")  # fmt: skip
 
 
+def _sized(config: Any) -> dict[str, Any]:
+    return config.vision_config.to_dict() | vision_values(image_size=32, patch_size=8)
+
+
 def idefics3() -> Built:
     template = _idefics_template()
     tok = tokenizer("<end_of_utterance>", template, (*IDEFICS_TOKENS, "<image>"))
     images = tf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     processor = tf.Idefics3Processor(images, tok, image_seq_len=4, chat_template=template)
-    vision = tf.Idefics3Config().vision_config.to_dict() | vision_values(image_size=32, patch_size=8)
-    config = tf.Idefics3Config(vision_config=vision, text_config=tf.LlamaConfig(**text_values(tok)), scale_factor=2,
-                               image_token_id=processor.image_token_id, pad_token_id=tok.pad_token_id)  # fmt: skip
+    vision = _sized(tf.Idefics3Config())
+    config = tf.Idefics3Config(  # type: ignore[call-arg]
+        vision_config=vision, text_config=tf.LlamaConfig(**text_values(tok)), scale_factor=2,
+        image_token_id=processor.image_token_id, pad_token_id=tok.pad_token_id)  # fmt: skip
     return tf.Idefics3ForConditionalGeneration(config), processor
 
 
@@ -132,9 +137,10 @@ def smolvlm() -> Built:
     tok = tokenizer("<end_of_utterance>", template, (*IDEFICS_TOKENS, "<image>", "<video>"))
     images = tf.SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     processor = tf.SmolVLMProcessor(images, tok, tf.SmolVLMVideoProcessor(), image_seq_len=4, chat_template=template)
-    vision = tf.SmolVLMConfig().vision_config.to_dict() | vision_values(image_size=32, patch_size=8)
-    config = tf.SmolVLMConfig(vision_config=vision, text_config=tf.LlamaConfig(**text_values(tok)), scale_factor=2,
-                              image_token_id=processor.image_token_id, pad_token_id=tok.pad_token_id)  # fmt: skip
+    vision = _sized(tf.SmolVLMConfig())
+    config = tf.SmolVLMConfig(  # type: ignore[call-arg]
+        vision_config=vision, text_config=tf.LlamaConfig(**text_values(tok)), scale_factor=2,
+        image_token_id=processor.image_token_id, pad_token_id=tok.pad_token_id)  # fmt: skip
     return tf.SmolVLMForConditionalGeneration(config), processor
 
 
@@ -241,12 +247,13 @@ def save(make: Callable[[], Built], folder: Path) -> Path:
     their width allows: every answer depends on its prompt and its picture, so that a small mistake shows."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        model, processor = make()
+        made: Any = make()
+        model, processor = made
         for weight in model.parameters():
             if weight.ndim == 2:
                 torch.nn.init.normal_(weight, std=1.5 * weight.shape[1] ** -0.5)
-    tok = getattr(processor, "tokenizer", processor)
-    if getattr(tok, "eos_token", None):
+    tok: Any = getattr(processor, "tokenizer", processor)
+    if getattr(tok, "eos_token", None):  # no image processor
         model.generation_config.eos_token_id = tok.eos_token_id
         model.generation_config.pad_token_id = tok.pad_token_id
     model.save_pretrained(folder)
