@@ -51,7 +51,7 @@ def sized(recipe: Recipe) -> Recipe:
     if recipe.scale == "full":
         return recipe
     made = _make(recipe)
-    stages = {name: _stage(getattr(recipe, name)) for name in STAGES}
+    stages: dict[str, Any] = {name: _stage(getattr(recipe, name)) for name in STAGES}
     own = recipe.data.source == "own"
     return replace(
         recipe, name=PREFIX + recipe.name.removeprefix(PREFIX), data=_data(recipe.data, made), plan=PlanConfig(),
@@ -89,7 +89,7 @@ def _sampling(sampling: SamplingConfig) -> SamplingConfig:
 
 def _curation(curation: CurationConfig) -> CurationConfig:
     """Every candidate is kept; an encoder that is not packaged becomes one that is."""
-    own = {f"{kind}_threshold": 0.0 for kind in ("cod", "dd", "cot", "direct")
+    own: dict[str, Any] = {f"{kind}_threshold": 0.0 for kind in ("cod", "dd", "cot", "direct")
            if getattr(curation, f"{kind}_threshold") is not None}  # fmt: skip
     encoder = curation.encoder if curation.encoder in ("lexical", "minilm") else "minilm"
     return replace(curation, encoder=encoder, caption_threshold=0.0, reasoning_threshold=0.0, require_format=False,
@@ -105,7 +105,7 @@ def _evaluation(evaluation: EvaluationConfig, own: bool) -> EvaluationConfig:
 def _data(data: DataConfig, made: Path) -> DataConfig:
     if data.source != "own":
         return replace(data, **{name: min(getattr(data, name), count) for name, count in COUNTS.items()})
-    files = {split: str(made / _file_name(data, split)) for split in FILES if getattr(data, split)}
+    files: dict[str, Any] = {split: str(made / _file_name(data, split)) for split in FILES if getattr(data, split)}
     return replace(data, root=None, unlabeled_images=min(data.unlabeled_images, COUNTS["unlabeled_images"]), **files)
 
 
