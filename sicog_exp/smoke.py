@@ -89,8 +89,8 @@ def _sampling(sampling: SamplingConfig) -> SamplingConfig:
 
 def _curation(curation: CurationConfig) -> CurationConfig:
     """Every candidate is kept; an encoder that is not packaged becomes one that is."""
-    own: dict[str, Any] = {f"{kind}_threshold": 0.0 for kind in ("cod", "dd", "cot", "direct")
-           if getattr(curation, f"{kind}_threshold") is not None}  # fmt: skip
+    given = [kind for kind in ("cod", "dd", "cot", "direct") if getattr(curation, f"{kind}_threshold") is not None]
+    own: dict[str, Any] = {f"{kind}_threshold": 0.0 for kind in given}
     encoder = curation.encoder if curation.encoder in ("lexical", "minilm") else "minilm"
     return replace(curation, encoder=encoder, caption_threshold=0.0, reasoning_threshold=0.0, require_format=False,
                    require_direct_agreement=False, min_words=0, **own)  # fmt: skip

@@ -105,8 +105,7 @@ def build_dataset(config: DataConfig, directory: Path) -> None:
     dataset = Dataset(ImageFolder(directory, config.max_pixels))
     {"world": _world, "easyvqa": _easyvqa, "own": _own}[config.source](config, dataset)
     splits = {split: dataset.records(split) for split in dict.fromkeys((*SPLITS, *dataset.selected))}
-    for public in (None, *(split for split in PUBLIC if split in dataset.selected)):
-        check_disjoint(dataset.folder.hashes, _apart(splits, public if config.source == "own" else ""))
+    _check_splits(dataset, splits)
     dataset.folder.prune({image for records in splits.values() for r in records for image in r.images})
     for split, records in splits.items():
         write_records(directory / f"{split}.parquet", records)
@@ -118,11 +117,12 @@ def build_dataset(config: DataConfig, directory: Path) -> None:
         _spool(directory, split).unlink(missing_ok=True)
 
 
-def _apart(splits: Mapping[str, Iterable[Record]], public: str | None) -> dict[str, Iterable[Record]]:
-    """Splits that may share no picture: all but the public ones, or one of these with what scores ("": simply all)."""
-    if public:
-        return {split: splits[split] for split in ("benchmark", "development", public)}
-    return {split: found for split, found in splits.items() if public == "" or split not in PUBLIC}
+def _check_splits(dataset: Dataset, splits: Mapping[str, Iterable[Record]]) -> None:
+    """That no two splits share a picture, but public ones that a user names: each of these none with what scores."""
+    hashes, public = dataset.folder.hashes, [split for split in PUBLIC if split in dataset.selected]
+    check_disjoint(hashes, {split: found for split, found in splits.items() if split not in public})
+    for one in public:
+        check_disjoint(hashes, {split: splits[split] for split in ("benchmark", "development", one)})
 
 
 def _spool(directory: Path, split: str) -> Path:
