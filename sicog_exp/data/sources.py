@@ -1,10 +1,9 @@
 """The three sources (built-in world, easy-vqa, a user's own files), each made into one data set directory.
 
-A directory holds `images/`, Parquet files of records (annotated, unlabeled, instruction, development, benchmark),
-those of `own` that name one alignment.parquet too,
-`truth.jsonl` (what is known of unlabeled records: for diagnosis, and for upper bounds that are no results),
-`rejected.jsonl` and `summary.json`.
-Image paths in records are relative to the directory. No two splits share a picture.
+A directory holds `images/`, Parquet files of records (annotated, unlabeled, instruction, development, benchmark, and
+alignment where one is named), `truth.jsonl` (what is known of unlabeled records: for diagnosis, and for upper bounds
+that are no results), `rejected.jsonl` and `summary.json`.
+Image paths in records are relative to the directory. No two splits share a picture, but PUBLIC ones.
 """
 
 from __future__ import annotations
