@@ -83,12 +83,12 @@ def test_one_line_puts_a_real_model_in_the_place_of_the_shipped_one(files: Path,
         assert line in said
     assert "develop.steps" not in said, "what stands above other_base still holds"
     assert "sampling.max_new_tokens=12 " in said, "what the command line says comes last"
-    pretrained = next((tmp_path / "store").glob("pretrain-*"))
-    task = json.loads((pretrained / "manifest.json").read_text())["config"]
+    manifest = next((tmp_path / "store").glob("pretrain-*/manifest.json"))
+    task = json.loads(manifest.read_text())["config"]
     assert task["stage"]["lora_rank"] == 16
     assert task["stage"]["vision_lr"] == 0
     assert task["model"]["gradient_checkpointing"] is True
-    assert json.loads((pretrained / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+    assert json.loads((manifest.parent / "config.json").read_text())["model_type"] == "qwen2_5_vl"
 
 
 def test_a_missing_annotation_file_is_named(files: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -236,7 +236,8 @@ def test_public_sets_may_show_training_pictures_and_no_scored_one(own: DataConfi
     rows = [llava("known", "coffee.png"), llava("scored", "page.png"), llava("own", save_picture(home / "new.png", 9))]
     text = {"id": "t", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
     public = write_lines(home / "public.jsonl", [*rows, text])
-    config = replace(own, benchmark=str(scored), instruction=str(public), alignment=str(public))
+    config = replace(own, benchmark=str(scored), instruction=str(public), alignment=str(public),
+                     holdout=0.0)  # fmt: skip
     build_dataset(config, tmp_path / "out")
     found = {split: read_records(tmp_path / "out" / f"{split}.parquet") for split in (*SPLITS, "alignment")}
     assert [record.id for record in found["instruction"]] == ["known", "own", "t"]
