@@ -21,12 +21,13 @@ from sicog_exp.curation.contamination import Overlap, Picture, Question, Row, Te
 from sicog_exp.data.images import open_image
 from sicog_exp.data.readers import words_of
 from sicog_exp.evaluation.suites import load_suite, suite_state
-from sicog_exp.prompts import question_of
+from sicog_exp.prompts import CAPTION_KINDS, prompt, question_of
 from sicog_exp.recipe import Recipe, RecipeError
 from sicog_exp.records import Record, read_jsonl, read_records, write_jsonl, write_records
 from sicog_exp.store import MANIFEST, Artifact, Step, Workplace
 
-POOLS = ("annotated", "unlabeled", "instruction")
+POOLS = ("annotated", "unlabeled", "instruction", "alignment")
+"""Training rows of a data set; one that names no captions to align with has no file of them."""
 CHECK, SELF_CHECK = "contamination", "contamination-self"
 OVERLAPS, QUESTIONS, SUMMARY = "overlaps.jsonl", "questions.jsonl", "summary.json"
 REVISION = 1
@@ -64,14 +65,15 @@ def check(suite: str, data: Path, workplace: Workplace, max_pixels: int, judged:
     from sicog_exp.evaluation.contents import read_contents
 
     held = read_contents(load_suite(suite), data, judged)
-    records = [(split, record) for split in POOLS for record in read_records(data / f"{split}.parquet")]
+    pools = [split for split in POOLS if (data / f"{split}.parquet").is_file()]
+    records = [(split, record) for split in pools for record in read_records(data / f"{split}.parquet")]
     names = list(dict.fromkeys(image for _, record in records for image in record.images))
     shown = read_pictures(data, names, max_pixels)
     rows = [_row(split, record) for split, record in records]
     found = list(overlaps(rows, shown, held.questions, held.pictures))
     write_jsonl(workplace.directory / QUESTIONS, (vars(question) for question in held.questions))
     summary = {
-        "rows": {split: sum(row.split == split for row in rows) for split in POOLS},
+        "rows": {split: sum(row.split == split for row in rows) for split in pools},
         "pictures": len(shown),
         "questions": _per_task(held.questions),
         "benchmark_pictures": len(held.pictures),
@@ -150,7 +152,8 @@ def _link(path: Path, place: Path) -> None:
 
 def _row(split: str, record: Record) -> Row:
     """A record's questions and responses as two texts, without images and wordings of ours."""
-    asked = [question_of(record.kind, words_of(m)) for m in record.messages if m.role == "user"]
+    words = [words_of(message) for message in record.messages if message.role == "user"]
+    asked = [question_of(record.kind, text) for text in words if text not in map(prompt, CAPTION_KINDS)]
     said = [message.content for message in record.messages if message.role == "assistant"]
     return Row(split, record.id, "\n".join(asked), "\n".join(said), record.images)
 

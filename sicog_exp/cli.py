@@ -277,9 +277,13 @@ def _split(text: str) -> list[str]:
 
 
 def _iterate(args: argparse.Namespace) -> int:
-    from sicog_exp.recipe import load
+    from sicog_exp.recipe import load, other_base
 
-    recipe = load(*_overrides(args))
+    given = _overrides(args)
+    recipe, applied = load(*given), other_base(*given)
+    if applied:
+        shown = " ".join(f"{key}={value}" for key, value in applied.items())
+        console().print(f"other_base holds for {recipe.model.base}: {shown}", highlight=False, markup=False)
     quiet_libraries()
     from sicog_exp.experiment import run_experiment
 
@@ -288,10 +292,12 @@ def _iterate(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from sicog_exp import smoke
     from sicog_exp.planning.devices import check_device
     from sicog_exp.recipe import load
 
     recipe = load(*_overrides(args))
+    smoke.refuse(recipe, "plan")
     device = check_device(args.device or ("cpu" if recipe.model.device == "cpu" else "h100"))
     quiet_libraries()
     from sicog_exp.planning.plan import make_plan, pricing

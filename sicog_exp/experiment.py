@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from sicog_exp import cleandata, loop, origins
+from sicog_exp import cleandata, loop, origins, smoke
 from sicog_exp.ahead import check_ahead, left_out
 from sicog_exp.interruption import INTERRUPTIONS
 from sicog_exp.planning.plan import expected_work
@@ -45,12 +45,15 @@ class Part:
 
 def run_experiment(recipe: Recipe, console: Console, part: Part | None = None) -> Artifact:
     """Run the recipe, or continue it, or say that nothing is to be done. The artifact holds summary and report."""
+    recipe = smoke.sized(recipe)
     check_memory(recipe)
     store = Store(recipe.store)
     step = experiment_step(recipe, store, console, part)
     finished = whole(store, step, recipe.name, console)
     if finished is None:
         check_ahead(recipe)
+        if recipe.scale == "smoke":
+            console.print(smoke.swapped(recipe), highlight=False)
         if unasked := left_out(recipe):
             console.print(unasked)
         finished = store.run(step)
@@ -155,6 +158,7 @@ def summarized(recipe: Recipe, lineage: loop.Lineage, runner: Runner, tables: Se
     return trust(recipe, lineage, runner) | {
         "stopped": lineage.stopped,
         "upper_bound": collect.upper_bound_note(recipe),
+        "smoke": collect.smoke_note(recipe),
         "run_id": runner.tracker.run_id,
         "experiment_id": runner.tracker.experiment_id,
         "champion": compare.champion(scored, resamples),
@@ -274,6 +278,8 @@ def show(finished: Artifact, console: Console) -> None:
         console.print(summary["stopped"], highlight=False)
     if summary.get("upper_bound"):
         console.print(f"[bold red]UPPER BOUND[/] {summary['upper_bound']}", highlight=False)
+    if summary.get("smoke"):
+        console.print(f"[bold red]SMOKE TEST[/] {summary['smoke']}", highlight=False)
     for text in summary["alarms"]:
         console.print(f"[bold red]ALARM[/] {text}", highlight=False)
     for text in summary["contamination"]:

@@ -16,7 +16,6 @@ from sicog_exp.selfdata import GROUPS, Group, PoolTask, SelfDataModule, check_tr
 from sicog_exp.stopping import decides_by_scores, reason_to_stop
 from sicog_exp.store import Artifact, Step, Workplace
 
-ALIGN_SHARES = {"annotated": 0.5, "instruction": 0.5}
 EVALUATION_REVISION = 1
 
 
@@ -49,7 +48,8 @@ def iterate(recipe: Recipe, runner: Runner) -> Lineage:
     clean = without_overlaps(recipe, data, checked, runner.run)
     base = runner.run(base_step(recipe))
     parts = raw_parts(runner, recipe, base)
-    model = fine_tune(runner, recipe, "instruct", recipe.instruct, base, clean, instruction_shares(recipe))
+    ready = align(runner, recipe, base, clean) if recipe.model.language else base  # its projector has learned nothing
+    model = fine_tune(runner, recipe, "instruct", recipe.instruct, ready, clean, instruction_shares(recipe))
     lineage = Lineage(data, [scored(runner, recipe, 0, model, data)], [])
     pools: list[Artifact] = []
     for index in range(recipe.iterations):
@@ -102,7 +102,7 @@ def develop(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> 
 
 def align(runner: Runner, recipe: Recipe, model: Artifact, data: Artifact) -> Artifact:
     """Fit the projector to captions (paper.md, stage 1)."""
-    return fine_tune(runner, recipe, "align", recipe.align, model, data, ALIGN_SHARES, GROUPS["caption"])
+    return fine_tune(runner, recipe, "align", recipe.align, model, data, align_shares(recipe), GROUPS["caption"])
 
 
 def pretrain(runner: Runner, recipe: Recipe, self_data: SelfDataModule) -> Artifact:
@@ -151,6 +151,10 @@ def training_task(recipe: Recipe, stage: StageConfig, shares: Mapping[str, float
     from sicog_exp.training.stages import TrainingTask
 
     return TrainingTask(stage, recipe.model, dict(shares), recipe.seed, kinds or KINDS, recipe.data.max_pixels)
+
+
+def align_shares(recipe: Recipe) -> dict[str, float]:
+    return {"alignment": 1.0} if recipe.data.alignment else {"annotated": 0.5, "instruction": 0.5}
 
 
 def instruction_shares(recipe: Recipe) -> dict[str, float]:

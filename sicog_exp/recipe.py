@@ -53,7 +53,8 @@ class DataConfig:
     unlabeled_images: int = 1200
     """Unlabeled images used; `own` takes at most this many files, 0 for all."""
     instruction_images: int = 1000
-    """Images of the public-style instruction set, replayed in the instruct stage (world only)."""
+    """Images of the public-style instruction set, replayed in the instruct stage (world); `own` takes all rows of
+    `instruction`."""
     development_images: int = 150
     """Images whose questions choose thresholds and regimes."""
     benchmark_images: int = 500
@@ -69,6 +70,12 @@ class DataConfig:
     """`own`: like `annotated`; without it `holdout` of the annotated images is kept for development."""
     benchmark: str | None = None
     """`own`: like `annotated`; without it `holdout` of the annotated images is kept for the benchmark."""
+    instruction: str | None = None
+    """`own`: like `annotated`: an instruction set, whose rows the instruct stage replays (`replay`), text-only rows
+    included. Its pictures may be those of other training rows."""
+    alignment: str | None = None
+    """`own`: like `annotated`: captions that the align stage trains on instead of the annotated and instruction rows.
+    Its pictures may be those of other training rows."""
     root: str | None = None
     """`own`: images lie under this folder; by default the folder of the file that names them."""
     holdout: float = 0.2
@@ -84,6 +91,8 @@ class DataConfig:
         _require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
         _positive(self, "annotated_images", "development_images", "benchmark_images", "questions_per_image")
         _positive(self, "max_pixels")
+        public = self.source == "own" or (self.instruction is None and self.alignment is None)
+        _require(public, f"source={self.source}: data.instruction and data.alignment name files of data.source=own")
         _share(self, "holdout", "max_bad_share")
         if self.source == "own":
             for name in ("annotated", "unlabeled"):
@@ -121,7 +130,8 @@ class ModelConfig:
     stage whose batch is one micro-batch uses all cores together, and then the last bits depend on it."""
     image_pixels: int | None = None
     """Most pixels that the model sees of an image: fewer tiles (LLaVA-NeXT, LLaVA-OneVision, Idefics3, SmolVLM,
-    InternVL) or a smaller image (Qwen-VL), and so fewer image tokens. As the model's processor says if nothing is."""
+    InternVL) or a smaller image (Qwen-VL), and so fewer image tokens. As the model's processor says if nothing is; a
+    model that shows every image at one size keeps to a cap above that."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """How attention is computed; `flash_attention_2` needs the flash-attn package and a GPU."""
     gradient_checkpointing: bool = False
@@ -583,7 +593,10 @@ class PlanConfig:
     """
 
     shape: str | None = None
-    """Shape of a base model that is not at hand: llava-qwen2-7b, llava-llama3-8b, or a folder with a config.json."""
+    """Shape of a base model that is not at hand: llava-qwen2-7b, llava-llama3-8b, qwen2.5-vl-3b,
+    qwen2.5-vl-7b, smolvlm2-2.2b, or a folder with a config.json. `scale=smoke` makes its miniature of it."""
+    image_tokens: int | None = None
+    """Tokens of an image, where the model's shape does not say: it makes more of a larger one."""
     unlabeled_questions: int | None = None
     """Questions about unlabeled images; without data at hand, `data.questions_per_image` an image."""
     benchmark_questions: int | None = None
@@ -598,6 +611,8 @@ class PlanConfig:
     """A chain of thought."""
     direct_tokens: int | None = None
     """A short answer."""
+    alignment_tokens: int | None = None
+    """A caption of `data.alignment`."""
     instruction_tokens: int | None = None
     """The responses of a row of the instruction set."""
     text_tokens: int | None = None
@@ -626,6 +641,12 @@ class Recipe:
     """False: the control that trains every generation on annotated rows alone, for the same number of steps."""
     store: str = "store"
     """Folder of the step store."""
+    scale: Literal["full", "smoke"] = "full"
+    """`smoke`: every step of the recipe on a miniature of its architecture with random weights and a handful of made
+    pictures, in a minute on a CPU: whether the recipe runs, never a result."""
+    other_base: Mapping[str, Any] = field(default_factory=dict)
+    """Sections whose keys hold instead of the recipe's own where `model.base` is not `embedded`, such as {model:
+    {precision: bf16-mixed}}. What is given on the command line comes after them."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     develop: StageConfig = field(default_factory=StageConfig)
@@ -792,7 +813,7 @@ def load_as(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()
     try:
         read = OmegaConf.load(file)
         _require(isinstance(read, DictConfig), f"{file}: holds a list; write one `key: value` a line")
-        merged = OmegaConf.merge(read, _dotlist(overrides))
+        merged = _merged(read, _dotlist(overrides))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except UnicodeDecodeError:
         raise RecipeError(f"{file}: not UTF-8 text; name a YAML file, saved as UTF-8") from None
@@ -804,6 +825,36 @@ def load_as(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()
         return build(cls, values)
     except RecipeError as error:
         raise RecipeError(f"{file}: {error}") from None
+
+
+def _merged(read: Any, given: Any) -> Any:
+    """A file with overrides on top; between them its `other_base`, where the base is another."""
+    from omegaconf import OmegaConf
+
+    merged: Any = OmegaConf.merge(read, given)
+    other = OmegaConf.select(merged, "other_base")
+    model = merged.get("model") or {}
+    if not other or (model.get("base", "embedded") == "embedded" and not model.get("language")):
+        return merged
+    _require(isinstance(other, collections.abc.Mapping), f"other_base={other}: expected a mapping of sections")
+    merged = OmegaConf.merge(read, other, given)
+    merged.other_base = {}  # applied: what is resolved reads back as it is
+    return merged
+
+
+def other_base(path: str | Path, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:
+    """What `other_base` of the recipe in `path` sets for the base that overrides name: dotted key -> value.
+
+    For people to read: `load` has applied it. Empty where it does not apply.
+    """
+    from omegaconf import OmegaConf
+
+    applied = load(path, overrides)
+    written: Any = OmegaConf.select(OmegaConf.load(path), "other_base")
+    if applied.other_base or not written:
+        return {}
+    return {f"{section}.{key}": getattr(getattr(applied, section), key)
+            for section, keys in written.items() for key in keys}  # fmt: skip
 
 
 def build_overrides(cls: type[T], section: str, overrides: typing.Sequence[str]) -> T:

@@ -207,7 +207,7 @@ class Tracker:
         self.client.log_text(self.run_id, to_yaml(self.recipe), "recipe.yaml")
         self._log_params(self.run_id, flat(asdict(self.recipe)))
         tags = {"sicog.level": "experiment", "sicog.recipe": self.recipe.name, **self._made_with()}
-        for tag, value in (tags | self._upper_bound()).items():
+        for tag, value in (tags | self._no_result()).items():
             self.client.set_tag(self.run_id, tag, value)
 
     @staticmethod
@@ -217,13 +217,14 @@ class Tracker:
         tags = {f"sicog.code.{name}": value for name, value in code.items()}
         return tags | ({COMMIT: code["commit"]} if "commit" in code else {})
 
-    def _upper_bound(self) -> dict[str, str]:
-        """Marks the runs whose self-data the truth chose: never a result, and no model for the registry."""
-        return {"sicog.upper_bound": self.recipe.curation.select} if self.recipe.is_upper_bound else {}
+    def _no_result(self) -> dict[str, str]:
+        """Marks smoke tests and the runs whose self-data the truth chose: never a result, no model for the registry."""
+        bound = {"sicog.upper_bound": self.recipe.curation.select} if self.recipe.is_upper_bound else {}
+        return bound | ({"sicog.scale": "smoke"} if self.recipe.scale == "smoke" else {})
 
     @property
     def _registers(self) -> bool:
-        return self.recipe.tracking.register and not self.recipe.is_upper_bound
+        return self.recipe.tracking.register and not self._no_result()
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -244,7 +245,7 @@ class Tracker:
         """The run of generation `index`, made when first asked for. It repeats the recipe, so that the UI's comparison
         of any two generations shows how their recipes differ."""
         if index not in self._generations:
-            tags = {"sicog.generation": str(index), SOURCE: "sicog iterate", **self._made_with(), **self._upper_bound()}
+            tags = {"sicog.generation": str(index), SOURCE: "sicog iterate", **self._made_with(), **self._no_result()}
             run = self._child(self.run_id, f"G{index} {self.name}", "generation", **tags)
             self._generations[index] = run
             known = {"generation": index, "recipe": self.recipe.name}
@@ -321,7 +322,7 @@ class Tracker:
         return "\n".join(lines), {**tags, "sicog.run": self.generation(index), "sicog.parent_run": self.run_id}
 
     def register(self, index: int, artifact: Artifact) -> None:
-        """Log generation `index`'s model and register it with the alias gen-<index>; not that of an upper bound."""
+        """Log generation `index`'s model and register it with the alias gen-<index>; not what is no result."""
         if not self._registers:
             return
         import mlflow

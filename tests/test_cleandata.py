@@ -92,6 +92,19 @@ def test_planted_overlaps_are_listed_counted_and_left_out(store: Store, recipe: 
     assert "unlabeled 3 (near copy 3)" in contamination_notes([(0, checked)])[0]
 
 
+def test_a_caption_s_prompt_is_our_wording_and_no_overlap(store: Store, recipe: Recipe) -> None:
+    """A benchmark held out of annotated rows asks for captions in the same words as every unlabeled image."""
+    def run(config: Any, inputs: Any, workplace: Workplace) -> None:
+        build_dataset(SIZES, workplace.directory)
+        file, picture = workplace.directory / "benchmark.parquet", "images/benchmark-000003.png"
+        asked = [Record(kind, conversation(prompt(kind), "a red dog", (picture,)), (picture,), kind, "benchmark")
+                 for kind in ("cod", "dd")]  # fmt: skip
+        write_records(file, [*read_records(file), *asked])
+
+    checked = store.run(check_step(recipe, store.run(Step("data-captions", run, {}))))
+    assert list(read_jsonl(checked / "overlaps.jsonl")) == []
+
+
 def test_the_switch_keeps_the_rows_and_the_list(store: Store, recipe: Recipe) -> None:
     data = data_of(store, planted=True)
     stay = Recipe(data=DataConfig(exclude_contaminated=False), evaluation=recipe.evaluation)

@@ -57,7 +57,7 @@ OFFERS = [
     ("sicog ablate experiments/ablations/evidence.yaml curation.sel", {"curation.select="}, set()),
     ("sicog ablate --se", {"--seeds"}, set()),
     ("sicog plan --dev", {"--device", "--devices"}, {"--json"}),
-    ("sicog plan experiments/plans/paper_lowres.yaml plan.sh", {"plan.shape="}, {"plan.cod_tokens="}),
+    ("sicog plan experiments/paper_lowres.yaml plan.sh", {"plan.shape="}, {"plan.cod_tokens="}),
 ]  # fmt: skip
 
 

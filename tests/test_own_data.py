@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from families import build
 from PIL import Image
 from runs import finish, start
 
@@ -69,6 +71,24 @@ def test_own_photographs_run_and_bad_rows_are_listed(
     assert any("broken.png" in json.dumps(row) for row in rejected)
     assert all(row["reason"] and row["fix"] for row in rejected)
     assert any(annotated in row["file"] for row in rejected)
+
+
+def test_one_line_puts_a_real_model_in_the_place_of_the_shipped_one(files: Path, tmp_path: Path) -> None:
+    """A Qwen2.5-VL in everything but size; nothing but `model.base` names it."""
+    model = build("qwen2_5_vl", tmp_path / "model").folder
+    printed = finish(command(files, "llava.json", model, tmp_path / "store"), tmp_path)
+    (said,) = re.findall(r"^other_base holds for .*", printed, re.MULTILINE)
+    for line in ("model.precision=bf16-mixed", "pretrain.lora_rank=16", "develop.language_lr=0.0001",
+                 "model.image_pixels=602112", "instruct.max_length=4096"):  # fmt: skip
+        assert line in said
+    assert "develop.steps" not in said, "what stands above other_base still holds"
+    assert "sampling.max_new_tokens=12 " in said, "what the command line says comes last"
+    manifest = next((tmp_path / "store").glob("pretrain-*/manifest.json"))
+    task = json.loads(manifest.read_text())["config"]
+    assert task["stage"]["lora_rank"] == 16
+    assert task["stage"]["vision_lr"] == 0
+    assert task["model"]["gradient_checkpointing"] is True
+    assert json.loads((manifest.parent / "config.json").read_text())["model_type"] == "qwen2_5_vl"
 
 
 def test_a_missing_annotation_file_is_named(files: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sicog_exp.cli import main
 from sicog_exp.models.loading import EMBEDDED_BASE, ModelError
-from sicog_exp.models.shapes import PUBLISHED, encoder_parameters, read_shape
+from sicog_exp.models.shapes import encoder_parameters, read_shape
 from sicog_exp.planning import plan as p
 from sicog_exp.planning.contents import Contents, Held, Rows, Ruler, read_contents
 from sicog_exp.planning.devices import DEVICES
@@ -26,7 +26,7 @@ from sicog_exp.recipe import EvaluationConfig, Recipe, load
 
 WITHIN = 0.25
 """How far a plan may be from what a run measured."""
-PAPER = "experiments/plans/paper_lowres.yaml"
+PAPER = "experiments/paper_lowres.yaml"
 COUNTED = ("samples", "prompt_tokens", "image_tokens", "new_tokens", "tokens", "flops")
 
 
@@ -88,7 +88,10 @@ def embedded() -> p.Plan:
 def test_published_shapes_have_the_published_sizes() -> None:
     assert read_shape("llava-qwen2-7b").parts["language"] == 7_615_616_512  # of Qwen2-7B's safetensors index
     assert read_shape("llava-llama3-8b").parts["language"] == 8_030_261_248  # of Llama-3.1-8B's
-    for name in PUBLISHED:
+    assert read_shape("qwen2.5-vl-3b").parameters == 3_754_622_976  # of their safetensors indices
+    assert read_shape("qwen2.5-vl-7b").parameters == 8_292_166_656
+    assert read_shape("smolvlm2-2.2b").parameters == 2_246_784_880
+    for name in ("llava-qwen2-7b", "llava-llama3-8b"):
         shape = read_shape(name)
         assert shape.image_tokens == (336 // 14) ** 2
         assert shape.parts["vision"] == pytest.approx(303.5e6, rel=1e-3)
@@ -253,7 +256,7 @@ def test_the_paper_s_plan_follows_from_its_numbers() -> None:
     # weights, gradients and two moments in float32
     assert instruct.state == 16 * parameters
     assert 1.05 < instruct.memory / instruct.state < 1.3
-    align = found[1, "align"]
+    align = found[0, "align"]  # of parts whose projector has learned nothing
     assert align.state == 4 * (parameters + 3 * plan.shape.parts["projector"])
     assert align.flops < 0.7 * plan.shape.work.training(align.tokens, align.image_tokens, align.new_tokens)
     assert found[1, "generate-caption"].samples == 118_000 * 3
@@ -283,6 +286,32 @@ def test_adapters_and_recomputation_trade_memory_for_work() -> None:
     again = stages(planned(load(PAPER, ["model.gradient_checkpointing=true"]), "a100"))["instruct"]
     assert again.flops == pytest.approx(8 / 6 * whole.flops)
     assert again.memory - again.state < 0.4 * (whole.memory - whole.state)
+
+
+def test_adapters_count_by_their_rank(embedded: p.Plan) -> None:
+    """Every linear layer but the head has two matrices, of its inputs and of its outputs by the rank."""
+    from sicog_exp.models.adapters import MARK, add_adapters
+    from sicog_exp.models.loading import ModelSource, load_model
+
+    model, _ = load_model(ModelSource(str(EMBEDDED_BASE)))
+    add_adapters(model, ["language"], 4, 8.0)
+    counted = sum(p.numel() for name, p in model.named_parameters() if MARK in name)
+    assert 4 * embedded.shape.sides["language"] == counted
+    lora = stages(planned(load("experiments/embedded.yaml", ["pretrain.lora_rank=4", "pretrain.vision_lr=0",
+                                                             "pretrain.projector_lr=0"])))["pretrain"]  # fmt: skip
+    assert lora.state == 4 * (embedded.shape.parameters + counted) + 12 * counted
+
+
+def test_a_model_made_of_parts_is_aligned_first_and_once() -> None:
+    found = Counter(step.step for step in planned(load(PAPER, ["iterations=2"])).steps)
+    assert (found["align"], found["instruct"]) == (1, 3)
+    fewer = planned(load(PAPER, ["data.alignment=null"]))
+    more = planned(load(PAPER))
+    assert more.steps[0].disk > fewer.steps[0].disk
+    tokens = [{step.step: step for step in plan.steps}["align"].new_tokens for plan in (more, fewer)]
+    assert tokens[0] == 15 * 2180 * 256 < tokens[1]
+    longer = planned(load(PAPER, ["plan.image_tokens=600", "plan.alignment_tokens=20"]))
+    assert {step.step: step for step in longer.steps}["align"].image_tokens == 600 * 2180 * 256
 
 
 def test_more_work_costs_more(embedded: p.Plan) -> None:

@@ -22,10 +22,12 @@ from sicog_exp.recipe import (
     build_overrides,
     load,
     load_as,
+    other_base,
     to_yaml,
 )
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+OWN_FILES = ["data.annotated=rows.jsonl", "data.unlabeled=pictures"]
 LIMITED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -38,11 +40,44 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(path: Path, tmp_path: Path) -> None:
-    needed = ["data.annotated=rows.jsonl", "data.unlabeled=pictures"] if path.stem == "own" else []
+    needed = OWN_FILES if path.stem == "own" else []
     config: BaseRecipe | Recipe = load_as(BaseRecipe, path) if path.stem == "base" else load(path, needed)
     copy = tmp_path / "copy.yaml"
     copy.write_text(to_yaml(config))
     assert load_as(type(config), copy) == config
+
+
+def test_another_base_has_lines_of_its_own(file: Path) -> None:
+    file.write_text("model: {threads: 1}\ndevelop: {steps: 7, language_lr: 1.0e-3}\n"
+                    "other_base: {develop: {language_lr: 1.0e-4, lora_rank: 8}, model: {precision: bf16-mixed}}\n")
+    shipped = load(file)
+    assert (shipped.develop.language_lr, shipped.develop.lora_rank, shipped.model.precision) == (1e-3, 0, "32-true")
+    assert other_base(file) == {}
+    real = load(file, ["model.base=OWNER/NAME", "develop.lora_rank=4"])
+    assert (real.develop.steps, real.develop.language_lr, real.develop.lora_rank) == (7, 1e-4, 4)
+    assert (real.model.precision, real.model.threads) == ("bf16-mixed", 1)
+    said = other_base(file, ["model.base=OWNER/NAME", "develop.lora_rank=4"])
+    assert said == {"develop.language_lr": 1e-4, "develop.lora_rank": 4, "model.precision": "bf16-mixed"}
+    file.write_text(to_yaml(real))
+    assert load(file) == real, "what is resolved says all by itself"
+    parts = load(EXPERIMENTS / "own.yaml", ["model.language=x", "model.vision=y", *OWN_FILES])
+    assert parts.pretrain.lora_rank == 16
+
+
+@pytest.mark.parametrize(("written", "message"), [
+    ("other_base: {develop: {lr: 1}}", "develop.lr: unknown key"),
+    ("other_base: [1]", "expected a mapping"),
+    ("other_base: {develop: {steps: x}}", "develop.steps='x'"),
+])  # fmt: skip
+def test_lines_for_another_base_are_checked(written: str, message: str, file: Path) -> None:
+    file.write_text(written)
+    with pytest.raises(RecipeError, match=message):
+        load(file, ["model.base=OWNER/NAME"])
+
+
+def test_public_sets_are_files_of_ones_own() -> None:
+    with pytest.raises(RecipeError, match=r"name files of data\.source=own"):
+        DataConfig(instruction="rows.json")
 
 
 # The resolved recipe reads back equal.

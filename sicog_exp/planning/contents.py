@@ -21,10 +21,13 @@ from sicog_exp.records import IMAGE_PLACEHOLDER, Record, read_records, user
 
 SAMPLE = 32
 """Images, or rows of a kind, that are looked at."""
-ASSUMED = {"cod": 400, "dd": 200, "cot": 250, "direct": 5, "instruction": 250, "text": 250, "question": 40}
+ASSUMED = {"cod": 400, "dd": 200, "cot": 250, "direct": 5, "alignment": 15, "instruction": 250, "text": 250,
+           "question": 40}  # fmt: skip
 """Tokens where neither the data nor the recipe's `plan` say more."""
 PICTURE_BYTES = 150_000
 """A picture of data that are not at hand."""
+ALIGNMENT_ROWS = 558_128
+"""Of BLIP-558K, where a recipe names captions to align with that are not at hand."""
 CHARACTERS_PER_TOKEN, MARKS_PER_TURN = 4, 8
 """A rough count of English text where there is no tokenizer, and of a chat template's marks."""
 SIZES = ("annotated_images", "unlabeled_images", "instruction_images", "development_images", "benchmark_images")
@@ -58,6 +61,7 @@ class Contents:
 
     annotated: Mapping[Kind, Rows]
     instruction: Rows
+    alignment: Rows
     text: Rows
     asked: Mapping[Kind, Rows]
     captions: float
@@ -146,9 +150,9 @@ def _measured(sample: _Sample, ruler: Ruler, image_tokens: int) -> Contents:
     looked = sum(map(len, sample.records.values()))
     note = f"tokens are means over {looked} rows of these data, counted by {how}"
     return Contents(
-        annotated, _rows(sample, ruler, "instruction", seen), max(texts, key=lambda rows: rows.count),
-        _asked(sample, ruler, annotated, image_tokens), sample.count("unlabeled", CAPTION_KINDS),
-        sample.count("unlabeled", REASONING_KINDS),
+        annotated, _rows(sample, ruler, "instruction", seen), _rows(sample, ruler, "alignment", seen),
+        max(texts, key=lambda rows: rows.count), _asked(sample, ruler, annotated, image_tokens),
+        sample.count("unlabeled", CAPTION_KINDS), sample.count("unlabeled", REASONING_KINDS),
         {split: Held(sample.count(split), sample.pictures[split]) for split in ("benchmark", "development")},
         sum(sample.pictures.values()), mean(files), (note,))  # fmt: skip
 
@@ -202,7 +206,7 @@ def _built(config: DataConfig, folder: Path) -> _Sample:
 def _own(config: DataConfig, folder: Path) -> _Sample:
     """Every row counts as usable; the first ones of each kind are read as a run reads them."""
     sample, pictures = _Sample(folder), ImageFolder(folder, config.max_pixels)
-    for split in ("annotated", "development", "benchmark"):
+    for split in ("annotated", "instruction", "alignment", "development", "benchmark"):
         if _at_hand(getattr(config, split)):
             _read_annotated(Path(getattr(config, split)).expanduser(), split, config, sample, pictures)
     missing = [split for split in ("development", "benchmark") if getattr(config, split) is None]
@@ -291,8 +295,10 @@ def _assumed(config: DataConfig, image_tokens: int) -> Contents:
             "picture, tokens by plan.*_tokens")  # fmt: skip
     return Contents(
         annotated, _assumed_rows("instruction", image_tokens, config.instruction_images),
+        _assumed_rows("alignment", image_tokens, ALIGNMENT_ROWS if config.alignment else 0),
         _assumed_rows("text", image_tokens, config.instruction_images), dict(annotated), config.unlabeled_images,
-        config.unlabeled_images * per_image, splits, sum(getattr(config, name) for name in SIZES), PICTURE_BYTES,
+        config.unlabeled_images * per_image, splits,
+        sum(getattr(config, name) for name in SIZES) + (ALIGNMENT_ROWS if config.alignment else 0), PICTURE_BYTES,
         (note,))  # fmt: skip
 
 
@@ -306,14 +312,14 @@ def _given(recipe: Recipe, found: Contents) -> Contents:
         return rows if tokens is None else replace(rows, responses=(tokens,))
 
     annotated = {kind: said(kind, one) for kind, one in found.annotated.items()}
-    instruction, text = said("instruction", found.instruction), said("text", found.text)
-    named: dict[Any, Rows] = {**annotated, "instruction": instruction, "text only": text}
+    instruction, alignment, text = (said(name, getattr(found, name)) for name in ("instruction", "alignment", "text"))
+    named: dict[Any, Rows] = {**annotated, "instruction": instruction, "alignment": alignment, "text only": text}
     lengths = [f"{name} rows: {one.new():.0f} tokens a response, {one.text:.0f} of text and {one.image:.0f} of images "
                "a prompt" for name, one in named.items() if one.count]  # fmt: skip
     said_instead = [f"plan.{name}={value}" for name, value in vars(plan).items() if value is not None]
     lengths += [f"given, not measured: {', '.join(said_instead)}"] if said_instead else []
     return replace(
-        found, annotated=annotated, instruction=instruction, text=text,
+        found, annotated=annotated, instruction=instruction, alignment=alignment, text=text,
         asked={kind: said(kind, one) for kind, one in found.asked.items()},
         questions=plan.unlabeled_questions or found.questions,
         notes=(*found.notes, *lengths))  # fmt: skip

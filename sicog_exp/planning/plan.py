@@ -126,6 +126,7 @@ def expected_work(recipe: Recipe) -> dict[str, float]:
 def make_plan(recipe: Recipe, price: Pricing) -> Plan:
     """Raises ModelError or DataError for a model or data that cannot be planned with."""
     shape, encoder = base_of(recipe)
+    shape = replace(shape, image_tokens=recipe.plan.image_tokens or shape.image_tokens)
     contents = read_contents(recipe, Ruler(encoder, shape.image_tokens, recipe.data.max_pixels), shape.image_tokens)
     planner = _Planner(recipe, shape, contents, price)
     steps = tuple(planner.steps())
@@ -167,6 +168,8 @@ class _Planner:
     def steps(self) -> Iterator[PlannedStep]:
         recipe = self.recipe
         yield from self._beginning()
+        if recipe.model.language:
+            yield from self._aligning(0)
         yield from self._training(0, "instruct", recipe.instruct, loop.instruction_shares(recipe))
         yield from self._scored(0)
         for g in range(1, recipe.iterations + 1):
@@ -176,9 +179,10 @@ class _Planner:
 
     def _beginning(self) -> Iterator[PlannedStep]:
         contents, base = self.contents, Path(resolve_base(self.recipe.model.base))
-        weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) if base.is_dir() else 0
+        whole = base.is_dir() and not self.recipe.model.language
+        weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) if whole else 0
         yield PlannedStep(0, "data", disk=contents.pictures * contents.picture_bytes)
-        rows = [*contents.annotated.values(), contents.instruction, contents.text]
+        rows = [*contents.annotated.values(), contents.instruction, contents.alignment, contents.text]
         unlabeled = contents.captions + contents.questions
         yield PlannedStep(0, "contamination", samples=sum(one.count for one in rows) + unlabeled)
         yield PlannedStep(0, "base", disk=weights or 2 * self.shape.parameters)
@@ -187,8 +191,10 @@ class _Planner:
 
     def _iteration(self, g: int) -> Iterator[PlannedStep]:
         recipe = self.recipe
-        if g == 1 or recipe.start == "previous":  # a later one from the base is the first one's, read from the store
-            yield from self._training(g, "align", recipe.align, loop.ALIGN_SHARES, GROUPS["caption"])
+        # A later one from the base is the first one's, read from the store, and that of a model made of parts is G0's.
+        first = g == 1 and not (recipe.model.language and recipe.start == "base")
+        if first or recipe.start == "previous":
+            yield from self._aligning(g)
         if recipe.self_data:
             yield from self._developing(g)
             if recipe.preference.steps:
@@ -202,6 +208,10 @@ class _Planner:
         yield self._evaluation(g, "evaluate", self.tasks)
         if decides_by_scores(self.recipe, g) and self.decisive is not self.tasks:
             yield self._evaluation(g, "evaluate-development", self.decisive)
+
+    def _aligning(self, g: int) -> Iterator[PlannedStep]:
+        recipe = self.recipe
+        yield from self._training(g, "align", recipe.align, loop.align_shares(recipe), GROUPS["caption"])
 
     def _developing(self, g: int) -> Iterator[PlannedStep]:
         shares, stage = {"annotated": 1.0}, self.recipe.develop
@@ -243,8 +253,8 @@ class _Planner:
         if name == "annotated":
             return _mixed([(rows, rows.new()) for kind, rows in contents.annotated.items()
                            if kind in kinds and kind != "text"])  # fmt: skip
-        if name in ("instruction", "text"):
-            rows = contents.instruction if name == "instruction" else contents.text
+        if name in ("instruction", "alignment", "text"):
+            rows: Rows = getattr(contents, name)
             return _mixed([(rows, rows.new())])
         return self._self_rows(name)
 
@@ -271,12 +281,13 @@ class _Planner:
         return len(COD_TURNS) * asked.text, asked.image, self._sampled("cod")
 
     def _state(self, stage: StageConfig) -> float:
-        """Bytes of weights, and of gradients and AdamW's two moments where a part trains; adapters are left out."""
+        """Bytes of weights and adapters, and of gradients and AdamW's two moments of what trains."""
         trained, adapted = (sum(self.shape.parts[part] for part in parts) for parts in (stage.trained, stage.adapted))
         held = QUANTIZED_BYTES if stage.lora_4bit else self.weight_bytes
         moment = 1 if stage.optimizer == "adamw_8bit" else self.weight_bytes
-        whole = self.weight_bytes * (self.shape.parameters - adapted) + held * adapted
-        return whole + (self.weight_bytes + 2 * moment) * trained
+        beside = stage.lora_rank * sum(self.shape.sides[part] for part in stage.adapted)
+        whole = self.weight_bytes * (self.shape.parameters - adapted + beside) + held * adapted
+        return whole + (self.weight_bytes + 2 * moment) * (trained + beside)
 
     def _activations(self, stage: StageConfig, length: float, image: float, new: float) -> float:
         """Bytes that a micro-batch of mean rows leaves for the backward pass."""
@@ -435,7 +446,7 @@ class _Planner:
         yield (f"memory: {recipe.model.precision}, gradients and AdamW's two moments of what trains, activations of "
                f"one micro-batch of mean rows at {ACTIVATIONS} numbers a token, layer and feature (Korthikanti et al. "
                f"2022){', computed again' if recipe.model.gradient_checkpointing else ''}; key/value caches at full "
-               "length; no libraries, no adapters")  # fmt: skip
+               "length; no libraries")  # fmt: skip
         if recipe.stop.no_gain or recipe.stop.collapse or recipe.stop.budget_flops:
             yield "all iterations run: no stop rule ends them"
         if recipe.curation.encoder != "lexical" and not self._encoder_parameters():

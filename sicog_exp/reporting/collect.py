@@ -101,6 +101,7 @@ def collect(recipe: Recipe, lineage: Lineage, done: Sequence[tuple[int, Artifact
         lineage=_nodes(done),
         notes=(*watched, *_notes(recipe, lineage, generations[-1])),
         upper_bound=upper_bound_note(recipe),
+        smoke=smoke_note(recipe),
     )
 
 
@@ -387,6 +388,13 @@ def upper_bound_note(recipe: Recipe) -> str:
         return ""
     return (f"Not a result: an upper bound. curation.select={recipe.curation.select} looked at the truth of the "
             "unlabeled items to make the self-data; what this run reaches is a limit for others.")  # fmt: skip
+
+
+def smoke_note(recipe: Recipe) -> str:
+    """What to say of a smoke test; "" for any other run."""
+    if recipe.scale == "full":
+        return ""
+    return "Not a result: a smoke test (scale=smoke) of a miniature with random weights on a handful of made pictures."
 
 
 def _below_prior(last: GenerationScores) -> Iterator[str]:

@@ -169,8 +169,11 @@ def _find(client: MlflowClient, source: str, scratch: Path, partial: Path) -> Ge
         state = f"{experiment.info.run_id} ({experiment.data.tags.get(NAME, '')}, {experiment.info.status})"
         raise ExportError(f"run {state} logged no summary: it is a trial of a sweep, or it did not finish; run its "
                           "recipe with `sicog iterate`, which continues it, and export that run")  # fmt: skip
-    index = int(run.data.tags["sicog.generation"])
-    return Generation(index, run, experiment, _recipe(recipe), json.loads(summary.read_text(encoding="utf-8")))
+    index, made_by = int(run.data.tags["sicog.generation"]), _recipe(recipe)
+    if made_by["scale"] == "smoke":
+        raise ExportError(f"run {experiment.info.run_id} is a smoke test (scale=smoke): a model with random weights is "
+                          "nothing to pass on; run its recipe without it")  # fmt: skip
+    return Generation(index, run, experiment, made_by, json.loads(summary.read_text(encoding="utf-8")))
 
 
 def _recipe(file: Path) -> dict[str, Any]:

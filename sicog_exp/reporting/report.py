@@ -218,6 +218,8 @@ class ReportData:
     notes: tuple[str, ...] = ()
     upper_bound: str = ""
     """Said above everything else of a run whose self-data the truth chose."""
+    smoke: str = ""
+    """The same of a smoke test."""
     calibration: tuple[Mapping[Group, Calibration], ...] = ()
     """Every pool under every threshold, iteration by iteration."""
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from sicog_exp import smoke
 from sicog_exp.interruption import INTERRUPTIONS
 from sicog_exp.recipe import Recipe, RecipeError, StopConfig, load, load_as, to_yaml
 from sicog_exp.store import Artifact, Step, Store, StoreError, Workplace
@@ -192,6 +193,7 @@ def run_ablation(study: AblationConfig, console: Console, out: Path | None = Non
     finished = whole(store, step, study.name, console)
     if finished is None:
         for recipe in recipes:
+            smoke.refuse(recipe, "ablate")
             check_memory(recipe)
             check_ahead(recipe)
         finished = store.run(step)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import psutil
 from rich.console import Console
 
+from sicog_exp import smoke
 from sicog_exp.ahead import check_ahead
 from sicog_exp.evaluation.suites import BenchmarkError, load_suite
 from sicog_exp.recipe import Recipe, RecipeError, load, load_as, to_yaml
@@ -190,6 +191,7 @@ def run_sweep(study: StudyConfig, console: Console) -> Path:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     base = recipe_of(study, {}, "development")
+    smoke.refuse(base, "sweep")
     check_ahead(base)
     client = tracking.connect(base.tracking)
     search = open_study(study, base)

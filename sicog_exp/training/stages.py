@@ -36,7 +36,8 @@ class TrainingTask:
     stage: StageConfig
     model: ModelConfig
     shares: Mapping[str, float]
-    """Shares of the mixture by source: annotated, instruction, text, SELF_SOURCES and self_turns."""
+    """Shares of the mixture by source: annotated, instruction, alignment, text, SELF_SOURCES and
+    self_turns."""
     seed: int
     kinds: tuple[Kind, ...] = KINDS
     """Kinds of the annotated rows used; two generators take one half each."""
@@ -55,6 +56,8 @@ def rows_by_source(task: TrainingTask, inputs: Mapping[str, Artifact]) -> dict[s
         "instruction": [r for r in instruction if r.kind != "text"],
         "text": [r for r in (*instruction, *annotated) if r.kind == "text"],
     }
+    if task.shares.get("alignment"):
+        found["alignment"] = read_records(data / "alignment.parquet")
     if "curated" in inputs:
         chosen = read_records(inputs["curated"] / "self.parquet")
         found |= {source: [r for r in chosen if r.source == source] for source in SELF_SOURCES}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, Family, build
+from families import Family, build
 from PIL import Image
 from torch.utils.data import IterableDataset
 
@@ -28,6 +28,7 @@ from sicog_exp.generation.requests import keys_of
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.models.adapters import linear_layers, merge_adapters
 from sicog_exp.models.loading import PARTS, ModelError, ModelSource, load_model, part_parameters, save_model
+from sicog_exp.models.miniatures import FAMILIES
 from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.records import Message, user
 from sicog_exp.store import Workplace
@@ -281,8 +282,9 @@ class TestArchitecture:
         """The cap is saved with the model, and the processor's tokens still are as many as the model fills."""
         source = ModelSource(str(subject.family.folder), image_pixels=FEWER_PIXELS)
         if subject.family.name in ONE_SIZE:
-            with pytest.raises(ModelError, match="shows every image at one size"):
-                load_model(source)
+            load_model(source)  # its size is below the cap
+            with pytest.raises(ModelError, match="shows every image at one size, 784 pixels"):
+                load_model(ModelSource(str(subject.family.folder), image_pixels=783))
             return
         with pytest.raises(ModelError, match=r"model\.image_pixels=9: the least .* is \d+ pixels"):
             load_model(ModelSource(str(subject.family.folder), image_pixels=9))

@@ -230,6 +230,32 @@ def test_own_development_and_benchmark_files(own: DataConfig, tmp_path: Path) ->
         ("dev.jsonl", 2), ("rows.jsonl", 3), ("rows.jsonl", 4), ("pool", 3)]  # fmt: skip
 
 
+def test_public_sets_may_show_training_pictures_and_no_scored_one(own: DataConfig, tmp_path: Path) -> None:
+    home = Path(str(own.annotated)).parent
+    scored = write_lines(home / "scored.jsonl", [llava("s", "page.png")])
+    rows = [llava("known", "coffee.png"), llava("scored", "page.png"), llava("own", save_picture(home / "new.png", 9))]
+    text = {"id": "t", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
+    public = write_lines(home / "public.jsonl", [*rows, text])
+    config = replace(own, benchmark=str(scored), instruction=str(public), alignment=str(public),
+                     holdout=0.0)  # fmt: skip
+    build_dataset(config, tmp_path / "out")
+    found = {split: read_records(tmp_path / "out" / f"{split}.parquet") for split in (*SPLITS, "alignment")}
+    assert [record.id for record in found["instruction"]] == ["known", "own", "t"]
+    assert [record.id for record in found["alignment"]] == ["known", "own", "t"]
+    assert any(record.images == found["instruction"][0].images for record in found["annotated"])
+    aside = [row for row in read_jsonl(tmp_path / "out/rejected.jsonl") if row["id"] == "scored"]
+    assert [row["reason"] for row in aside] == ["shows an image of the benchmark split"] * 2
+    assert not list((tmp_path / "out").glob(".*"))
+    assert {"instruction", "alignment"} < set(source_state(config))
+    assert len(found["unlabeled"]) == len(build_and_read(own, tmp_path / "without"))
+
+
+def build_and_read(config: DataConfig, folder: Path) -> list[Record]:
+    build_dataset(config, folder)
+    assert not (folder / "alignment.parquet").exists(), "nothing was named"
+    return read_records(folder / "unlabeled.parquet")
+
+
 def test_own_unlabeled_rows_lose_their_answers(own: DataConfig, tmp_path: Path) -> None:
     home = Path(str(own.annotated)).parent
     rows = [{"image": "pool/brick.png", "question": "What is it?", "answer": "SECRET"},

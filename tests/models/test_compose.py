@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from families import FAMILIES, SIDE, SQUARE, WIDTH, text_values, tokenizer, vision_values
 from PIL import Image
 
 from sicog_exp.data.chat import ChatEncoder
@@ -20,6 +19,7 @@ from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.models.compose import compose, fresh_projector, load_language, load_tower
 from sicog_exp.models.loading import ModelError, ModelSource, load_model, part_of, save_model
+from sicog_exp.models.miniatures import FAMILIES, TOWERS, save, text_values, tokenizer
 from sicog_exp.origins import base_step
 from sicog_exp.recipe import ModelConfig, Recipe, StageConfig
 from sicog_exp.records import Message, user
@@ -42,16 +42,11 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clip(folder: Path) -> None:
-    vision = tf.CLIPVisionConfig(**vision_values(projection_dim=WIDTH))
-    text = tf.CLIPTextConfig(hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_attention_heads=4)
-    config = tf.CLIPConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=WIDTH)
-    tf.CLIPModel(config).save_pretrained(folder)
-    tf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE).save_pretrained(folder)
+    save(TOWERS["clip"], folder)
 
 
 def siglip(folder: Path) -> None:
-    tf.SiglipVisionModel(tf.SiglipVisionConfig(**vision_values(vision_use_head=False))).save_pretrained(folder)
-    tf.SiglipImageProcessor(size=SQUARE).save_pretrained(folder)
+    save(TOWERS["siglip"], folder)
 
 
 def llava(folder: Path) -> None:
