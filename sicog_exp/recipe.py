@@ -116,6 +116,9 @@ class ModelConfig:
     InternVL) or a smaller image (Qwen-VL), and so fewer image tokens. As the model's processor says if nothing is."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """How attention is computed; `flash_attention_2` needs the flash-attn package and a GPU."""
+    static_cache: bool = False
+    """Sample in key/value buffers of fixed size; a GPU then captures one decoding step and replays it. Not yet tried on
+    a GPU. A model that cannot (layers that attend within a window, flash_attention_2) warns and decodes as usual."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time, equal bits."""
 
