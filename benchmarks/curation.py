@@ -282,7 +282,8 @@ def main() -> None:
 def _report(size: int, way: str, found: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {found[name]:.1f}" for name in ("join", "curate", "rows") if name in found)
     print(f"| {size:,} | {way} | {found['seconds']:.1f} | {found['clock']:.1f} "
-          f"| {found['seconds'] / size * 1e6:.0f} | {found['own']:,.0f} | {found['resident']:,.0f} | {found['kept']:,} | {parts} |", flush=True)  # fmt: skip
+          f"| {found['seconds'] / size * 1e6:.0f} | {found['own']:,.0f} | {found['resident']:,.0f} "
+          f"| {found['kept']:,} | {parts} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
