@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from hashed import hashed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sicog_exp.curation import CurationError
@@ -57,6 +57,7 @@ def alone(texts: list[str]) -> np.ndarray:
     return matrix[np.ix_(places, places)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "c", "d d", ""]), max_size=6), max_size=8))
 def test_groups_compared_together_compare_as_alone(groups: list[list[str]]) -> None:
     """To the bit: the bytes of a curation do not depend on what is computed at once."""

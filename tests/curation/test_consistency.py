@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sicog_exp.curation.consistency import (
@@ -38,6 +38,7 @@ def test_agreement_by_hand() -> None:
     assert agreement_scores(answers, include_self=False) == pytest.approx([2 / 3, 2 / 3, 0, 2 / 3], abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(0, 9), st.booleans(), st.integers(0, 2**32))
 def test_items_scored_together_score_as_alone(m: int, n: int, include_self: bool, seed: int) -> None:
     """To the bit, against numpy's own mean of each item's rows."""

@@ -155,6 +155,7 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
+@settings(deadline=None)
 @given(st.text(), st.lists(st.builds(
     CandidateScore, st.integers(0, 99), st.sampled_from([None, "cod", "direct"]), st.none() | st.floats(-1, 1),
     st.sampled_from([None, "too_short"]), st.none() | st.dictionaries(st.sampled_from(["similarity", "lexical"]),

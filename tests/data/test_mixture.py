@@ -233,6 +233,7 @@ def test_bins_hold_every_sample_once_and_never_overflow(lengths: list[int], capa
     assert sum(size <= capacity / 2 for size in sizes) <= 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 20))
 def test_bins_of_one_pass_hold_no_more_samples_than_asked(lengths: list[int], samples: int) -> None:
     bins = fill_bins([row([i] * n) for i, n in enumerate(lengths)], 60)
