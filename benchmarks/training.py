@@ -21,13 +21,12 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from shapes import SHAPES, measured_peak, random_model, wait
+from shapes import SHAPES, clock, measured_peak, random_model, wait
 
 from sicog_exp.data.chat import IGNORED, Example
 from sicog_exp.data.mixture import Row, collate
@@ -79,10 +78,6 @@ def plain_loss(model: Any, batch: dict[str, Any], _: SupervisedFineTuning) -> to
 def our_loss(model: Any, batch: dict[str, Any], module: SupervisedFineTuning) -> torch.Tensor:
     summed, terms = module.batch_loss(batch)
     return summed / terms
-
-
-def clock(device: str) -> float:
-    return time.perf_counter() if device == "cuda" else time.process_time()
 
 
 def step(model: Any, module: SupervisedFineTuning, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, Any]],
