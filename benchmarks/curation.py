@@ -6,9 +6,9 @@ Ours is the loop's own step (`sicog_exp.selfdata.curate`): a pool's candidates a
 chosen, kept and written, training rows included. The authors' way repeats the steps of thunlp/SICOG's
 quality_evaluation/caption_quality_eval.py (a6db5eb) with the same embeddings in place of its encoder. Every
 measurement is a process of its own, so that its peak memory is its own; seconds are those of the processor, of one
-thread. Own memory leaves out pages of files, which the system takes back when it needs them: libraries, and the
-embeddings, which are mapped. Candidates are three captions an image, two in
-five steps and one plain, of `--words` words a step.
+thread (no way has more), the clock's beside them. Memory is the process's peak; own memory leaves out pages of files,
+which the system takes back when it needs them: libraries, and embeddings while they are read. Candidates are three
+captions an image, two in five steps and one plain, of `--words` words a step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import json
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -227,8 +226,12 @@ class OwnMemory:
 
     def _look(self) -> None:
         while not self._over.wait(0.05):
-            status = Path("/proc/self/status").read_text()
-            self.peak = max(self.peak, int(status.split("RssAnon:")[1].split()[0]) / 1000)
+            self.peak = max(self.peak, _megabytes("RssAnon"))
+
+
+def _megabytes(name: str) -> float:
+    """A size of this process. (`ru_maxrss` would begin with what the process held that started this one.)"""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1000
 
 
 WAYS = {"ours": ours, "core": core, "authors": authors}
@@ -255,12 +258,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         way, folder = options.measure
+        clock = time.perf_counter()
         with OwnMemory() as memory:
             found = WAYS[way](Path(folder))
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-        print(json.dumps({**found, "own": memory.peak, "resident": resident}))
+        clock = time.perf_counter() - clock
+        print(json.dumps({**found, "clock": clock, "own": memory.peak, "resident": _megabytes("VmHWM")}))
         return
-    print("| candidates | way | seconds | us each | own MB | MB with files | kept | parts |\n" + "|---" * 8 + "|")
+    print("| candidates | way | seconds | clock | us each | own MB | peak MB | kept | parts |\n" + "|---" * 9 + "|")
     for size in sorted({*options.sizes, *options.peer_sizes}):
         with TemporaryDirectory() as name:
             make(Path(name) / "made", size, options.words)
@@ -277,8 +281,9 @@ def main() -> None:
 
 def _report(size: int, way: str, found: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {found[name]:.1f}" for name in ("join", "curate", "rows") if name in found)
-    print(f"| {size:,} | {way} | {found['seconds']:.1f} | {found['seconds'] / size * 1e6:.0f} | {found['own']:,.0f} "
-          f"| {found['resident']:,.0f} | {found['kept']:,} | {parts} |", flush=True)  # fmt: skip
+    print(f"| {size:,} | {way} | {found['seconds']:.1f} | {found['clock']:.1f} "
+          f"| {found['seconds'] / size * 1e6:.0f} | {found['own']:,.0f} | {found['resident']:,.0f} "
+          f"| {found['kept']:,} | {parts} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 """Candidates per second of our engine against `generate(num_return_sequences=N)`, same model, same batches, in turns.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling.py [--model DIR] [--images 32] [--threads 1]
+    python benchmarks/sampling.py --shapes llava-qwen2-7b llava-qwen2-0.5b     # one GPU
+
+With `--shapes` models of random weights sample to the limit of new tokens (32 images x 8 in one batch, 256 tokens,
+unless said otherwise), on a GPU in bfloat16 and with captured steps too; rates are new tokens per second, and the bars
+of a GPU are named beside the ratios.
 
 Both sides open the same images, apply the same chat template and decode the same number of candidates to text. They
 take turns in one process (A B A B ...), so that load from elsewhere falls on both; the ratio is the median of pairs.
@@ -18,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from shapes import SHAPES
+from shapes import random_model as shaped_model
 
 from sicog_exp.data.chat import to_chat
 from sicog_exp.data.questions import questions
@@ -29,21 +36,27 @@ from sicog_exp.records import user
 
 SHIPPED = Path(__file__).parents[1] / "sicog_exp" / "models" / "base"
 SEED = 11
+NEVER = [-1]
+"""A stop token that no model draws."""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a model; the shipped base, else random weights")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="random weights of these shapes, on a GPU if any")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--candidates", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=16, help="requests per batch, on both sides")
-    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--batch", type=int, help="requests per batch, on both sides; 16, with --shapes all")
+    parser.add_argument("--max-new-tokens", type=int, help="160, with --shapes 256")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--kind", choices=("cod", "dd", "cot", "direct"), default="cot")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.batch = options.batch or (options.images if options.shapes else 16)
+    options.max_new_tokens = options.max_new_tokens or (256 if options.shapes else 160)
+    return options
 
 
 def random_model(folder: Path) -> Path:
@@ -78,18 +91,20 @@ def generate(engine: TransformersEngine, requests: Sequence[Request], decoding: 
     """Lengths of the candidates drawn by transformers' `generate` over the same batches."""
     processor, stops = engine.encoder.processor, engine.stops.tolist()
     lengths: list[int] = []
+    ends = {} if stops == NEVER else {"eos_token_id": stops}
     for batch in engine.plan(requests, decoding):
         texts = [processor.apply_chat_template(to_chat(r.messages), add_generation_prompt=True, tokenize=False)
                  for r in batch]  # fmt: skip
         images = [Image.open(r.images[0]).convert("RGB") for r in batch]
         inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        inputs = {name: engine._moved(tensor) for name, tensor in inputs.items()}
         output = engine.model.generate(
             **inputs, do_sample=True, temperature=decoding.temperature, top_p=decoding.top_p, top_k=0,
-            max_new_tokens=decoding.max_new_tokens, num_return_sequences=batch[0].count, eos_token_id=stops,
-            pad_token_id=processor.tokenizer.pad_token_id,
+            max_new_tokens=decoding.max_new_tokens, num_return_sequences=batch[0].count,
+            pad_token_id=processor.tokenizer.pad_token_id, **ends,
         )[:, inputs["input_ids"].shape[1] :]  # type: ignore[operator]  # fmt: skip
         processor.tokenizer.batch_decode(output, skip_special_tokens=True)
-        lengths += ((torch.isin(output, engine.stops).cumsum(1) == 0).sum(1) + 1).tolist()
+        lengths += ((torch.isin(output, engine.stops).cumsum(1) == 0).sum(1) + 1).clamp(max=output.shape[1]).tolist()
     return lengths
 
 
@@ -99,26 +114,67 @@ def timed(sample: Callable[..., list[int]], *inputs: object) -> tuple[float, lis
     return len(lengths) / (time.perf_counter() - start), lengths
 
 
+BARS = {"llava-qwen2-7b": "at least 5, and 14,000 tokens/s", "llava-qwen2-0.5b": "at least 10"}
+
+
+def tokens_per_second(sample: Callable[..., list[int]], *inputs: object) -> float:
+    start = time.perf_counter()
+    tokens = sum(sample(*inputs))  # both end with texts on this side of the GPU, so nothing is still computed
+    return tokens / (time.perf_counter() - start)
+
+
+def of_shape(shape: str, requests: Sequence[Request], options: argparse.Namespace) -> None:
+    """Our two ways and `generate` on a model that never ends an answer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, processor = shaped_model(shape, device)
+    sides = {"static cache": (TransformersEngine(model, processor, device, static_cache=True), ours),
+             "growing cache": (TransformersEngine(model, processor, device), ours)}  # fmt: skip
+    sides["generate"] = (sides["growing cache"][0], generate)
+    for engine, _ in sides.values():
+        engine.stops = torch.tensor(NEVER, device=device)
+    model.generation_config.eos_token_id = None
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    for i in range(options.rounds + 1):
+        decoding = Decoding(options.temperature, options.top_p, options.max_new_tokens, SEED + i, options.batch)
+        for side, (engine, sample) in sides.items():
+            rate = tokens_per_second(sample, engine, requests, decoding)
+            if i:
+                rates[side].append(rate)
+    print(f"\n{shape} on {torch.cuda.get_device_name() if device == 'cuda' else 'a CPU'}, {options.images} images x "
+          f"{options.candidates}, {options.max_new_tokens} tokens; a GPU's bar: {BARS.get(shape, 'none')}")  # fmt: skip
+    for side, found in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(found, rates["generate"], strict=True))
+        print(f"{side:13s} {statistics.median(found):9.0f} tokens/s  {ratio:6.2f} times generate", flush=True)
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        source = options.model or (SHIPPED if SHIPPED.exists() else random_model(folder / "model"))
-        engine = TransformersEngine.from_path(source)
-        requests = make_requests(folder, options)
-        sides = {"ours": ours, "generate": generate}
-        rates: dict[str, list[float]] = {side: [] for side in sides}
-        for i in range(options.rounds + 1):
-            # another seed each round, so that one long straggler does not decide
-            decoding = Decoding(options.temperature, options.top_p, options.max_new_tokens, SEED + i, options.batch)
-            torch.manual_seed(SEED + i)
-            for side, sample in sides.items():
-                rate, lengths = timed(sample, engine, requests, decoding)
-                if i:  # the first round warms up
-                    rates[side].append(rate)
-                else:
-                    print(f"{side:9s} mean {np.mean(lengths):.1f}, longest {max(lengths)} new tokens")
+        if not options.shapes:
+            return of_model(Path(name), options)
+        requests = make_requests(Path(name), options)
+        for shape in options.shapes:
+            of_shape(shape, requests, options)
+
+
+def of_model(folder: Path, options: argparse.Namespace) -> None:
+    """Candidates per second of a taught model, whose answers end."""
+    source = options.model or (SHIPPED if SHIPPED.exists() else random_model(folder / "model"))
+    engine = TransformersEngine.from_path(source)
+    requests = make_requests(folder, options)
+    sides = {"ours": ours, "generate": generate}
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    for i in range(options.rounds + 1):
+        # another seed each round, so that one long straggler does not decide
+        decoding = Decoding(options.temperature, options.top_p, options.max_new_tokens, SEED + i, options.batch)
+        torch.manual_seed(SEED + i)
+        for side, sample in sides.items():
+            rate, lengths = timed(sample, engine, requests, decoding)
+            if i:  # the first round warms up
+                rates[side].append(rate)
+            else:
+                print(f"{side:9s} mean {np.mean(lengths):.1f}, longest {max(lengths)} new tokens")
     ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["generate"], strict=True))
     print(f"model {source}, {options.images} images x {options.candidates}, batch {options.batch}")
     for side, values in rates.items():

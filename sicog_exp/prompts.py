@@ -29,6 +29,8 @@ COT_STEPS = (
     "Step 4: Conclude the task with an answer",
 )
 STEPS: dict[str, tuple[str, ...]] = {"cod": COD_STEPS, "cot": COT_STEPS}
+_STEP = re.compile(r"(?m)^\s*\**Step (\d+):")
+_NUMBERED = {kind: list(range(1, len(headers) + 1)) for kind, headers in STEPS.items()}
 _WORDINGS = {header: header.split(": ", 1)[1] for headers in STEPS.values() for header in headers}
 
 COD_TURNS = (
@@ -70,17 +72,19 @@ def steps_of(kind: Kind, response: str) -> tuple[str, ...] | None:
 
     A header counts by its "Step k:" beginning, so that longer wordings of the same step still parse.
     """
-    pieces = re.split(r"(?m)^\s*\**Step (\d+):", response)
-    numbers = [int(number) for number in pieces[1::2]]
-    if pieces[0].strip() or numbers != list(range(1, len(STEPS[kind]) + 1)):
+    pieces = _STEP.split(response)
+    if pieces[0].strip() or list(map(int, pieces[1::2])) != _NUMBERED[kind]:
         return None
-    return tuple(_content(header, body) for header, body in zip(STEPS[kind], pieces[2::2], strict=True))
+    return tuple(map(_content, STEPS[kind], pieces[2::2]))
 
 
 def _content(header: str, body: str) -> str:
     """A step's text without the rest of its header line, whatever that line's wording."""
     first, newline, rest = body.strip().partition("\n")
-    tail = first.removeprefix(_WORDINGS[header])
+    wording = _WORDINGS[header]
+    if newline and first == wording:  # as nearly always
+        return rest.strip()
+    tail = first.removeprefix(wording)
     if tail != first and (not newline or (tail and re.match(r"\**[.:]\**\s*\w", tail))):
         # our wording, with the content behind it on the same line
         return f"{tail.lstrip(' .:*')}{newline}{rest}".strip()

@@ -134,6 +134,9 @@ class ModelConfig:
     model that shows every image at one size keeps to a cap above that."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """How attention is computed; `flash_attention_2` needs the flash-attn package and a GPU."""
+    static_cache: bool = False
+    """Sample in key/value buffers of fixed size; a GPU then captures one decoding step and replays it. Not yet tried on
+    a GPU. A model that cannot (layers that attend within a window, flash_attention_2) warns and decodes as usual."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time, equal bits."""
 

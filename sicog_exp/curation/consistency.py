@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sicog_exp.curation.similarity import LexicalEncoder, Matrix
+from sicog_exp.curation.similarity import LexicalEncoder, Matrices, Matrix
 from sicog_exp.prompts import STEPS
 
 DECIMALS = 9
@@ -25,12 +25,18 @@ def mean_similarity_scores(similarity: Matrix, include_self: bool) -> list[float
     counts in its mean; without it the mean is over the n - 1 others, and a lone candidate, which nothing confirms,
     scores 0.0. Source: paper.md, Curation.
     """
-    n = len(similarity)
-    if not include_self and n == 1:
-        return [0.0]
-    others = similarity if include_self else similarity[~np.eye(n, dtype=bool)].reshape(n, max(n - 1, 0))
+    return mean_scores(similarity[None], include_self)[0]
+
+
+def mean_scores(similarities: Matrices, include_self: bool) -> list[list[float]]:
+    """`mean_similarity_scores` of m items with n candidates each, at once; `similarities` is (m, n, n)."""
+    m, n, _ = similarities.shape
+    if n <= (not include_self):
+        return np.zeros((m, n)).tolist()
+    others = similarities if include_self else similarities[:, ~np.eye(n, dtype=bool)].reshape(m, n, n - 1)
     # Sorted, because a floating-point sum depends on its order and a score must not depend on the candidates' order.
-    return np.round(np.sort(others, axis=1).mean(axis=1), DECIMALS).tolist() if n else []
+    ordered = np.sort(np.ascontiguousarray(others), axis=2)
+    return np.round(ordered.mean(axis=2), DECIMALS).tolist()
 
 
 def agreement_scores(answers: Sequence[str], include_self: bool) -> list[float]:

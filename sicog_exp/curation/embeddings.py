@@ -17,6 +17,7 @@ from sicog_exp.store import Progress, checksums, digest_of
 
 TEXTS, VECTORS, DONE = "texts.bin", "vectors.npy", "done"
 DIGEST_BYTES = 16
+DIGEST = f"S{DIGEST_BYTES}"
 TEXTS_PER_BATCH = 1024
 """Texts embedded between two marks from which a killed run goes on."""
 
@@ -104,19 +105,37 @@ def stored_encoder(name: str, folders: Sequence[Path]) -> Encoder:
     """The encoder called `name`; it reads the embeddings in `folders` and embeds only texts that none of them has."""
     if not folders:
         return build_encoder(name)
-    places: dict[bytes, tuple[npt.NDArray[np.float32], int]] = {}
-    for folder in folders:
-        digests = (folder / TEXTS).read_bytes()
-        if digests:
-            vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
-            starts = range(0, len(digests), DIGEST_BYTES)
-            places |= {digests[at : at + DIGEST_BYTES]: (vectors, row) for row, at in enumerate(starts)}
+    stored = [_Stored(folder) for folder in reversed(folders) if (folder / TEXTS).stat().st_size]
     model = cache(lambda: embedder(name))
 
     def embed(texts: list[str]) -> npt.NDArray[np.float32]:
-        found = [places.get(_digest(text)) for text in texts]
-        missing = [text for text, place in zip(texts, found, strict=True) if place is None]
-        fresh: Iterator[npt.NDArray] = iter(np.asarray(model()(missing), np.float32) if missing else ())
-        return np.stack([place[0][place[1]] if place else next(fresh) for place in found])
+        digests, left = np.frombuffer(b"".join(map(_digest, texts)), DIGEST), np.arange(len(texts))
+        found = []
+        for folder in stored:
+            held, vectors = folder.vectors(digests[left])
+            found.append((left[held], vectors))
+            left = left[~held]
+        if len(left):
+            found.append((left, np.asarray(model()([texts[i] for i in left]), np.float32)))
+        places, vectors = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return vectors[np.argsort(places)]
 
-    return EmbeddingEncoder(name, embed)
+    return EmbeddingEncoder(name, embed, cached=0)  # what is stored is read again sooner than kept
+
+
+class _Stored:
+    """One folder's embeddings, found by the digests of their texts: 40 bytes of memory each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / VECTORS
+        digests = np.fromfile(folder / TEXTS, DIGEST)
+        self._rows = np.argsort(digests)
+        self._digests = digests[self._rows]
+
+    def vectors(self, digests: npt.NDArray[np.bytes_]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
+        """Which of the digests are stored here, and their embeddings."""
+        at = np.minimum(np.searchsorted(self._digests, digests), len(self._digests) - 1)
+        held = self._digests[at] == digests
+        # Mapped anew each time: the pages read through a map that stays would all count as this process's memory.
+        mapped = np.load(self._file, mmap_mode="r", allow_pickle=False)
+        return held, np.asarray(mapped)[self._rows[at[held]]]

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,8 +143,7 @@ def _write_decision(files: dict[str, IO[str]], decision: Decision) -> None:
     verdict = {"score": decision.score, "kept": decision.kept, "reason": decision.reason, "rejected": rejected}
     kind = {"chosen_kind": chosen.kind if chosen else None}
     _write(files["curated"], {**what, **texts, **kind, **verdict, **_training(decision)})
-    for c in decision.candidates:
-        _write(files["scores"], _score(item.id, c))
+    files["scores"].write(_score_lines(item.id, decision.candidates))
     if decision.kept and rejected is not None:
         pair = {"id": item.id, "prompt": item.prompt, "image": item.image, **texts, "rejected": rejected}
         _write(files["preferences"], pair)
@@ -156,9 +155,26 @@ def _training(decision: Decision) -> dict[str, Any]:
     return rows if decision.weight is None else {**rows, "weight": decision.weight}
 
 
-def _score(id: str, c: CandidateScore) -> dict[str, Any]:
-    row = {"id": id, "position": c.position, "kind": c.kind, "score": c.score, "reason": c.reason}
-    return row if c.parts is None else {**row, "parts": c.parts}
+def _score_lines(id: str, candidates: Sequence[CandidateScore]) -> str:
+    """A row of `scores.jsonl` for each. Spelt out, since there are more of them than of all other rows together; a
+    hypothesis test holds the bytes to those of `_json`."""
+    identity = _json(id)
+    rows = [f'"position": {c.position}, "kind": {_word(c.kind)}, "score": {_number(c.score)}, '
+            f'"reason": {_word(c.reason)}{_parts(c)}' for c in candidates]  # fmt: skip
+    return "".join([f'{{"id": {identity}, {row}}}\n' for row in rows])
+
+
+def _word(name: str | None) -> str:
+    """A kind or a reason, which hold no sign that JSON escapes."""
+    return "null" if name is None else f'"{name}"'
+
+
+def _number(score: float | None) -> str:
+    return repr(score) if score.__class__ is float and math.isfinite(score) else _json(score)
+
+
+def _parts(c: CandidateScore) -> str:
+    return "" if c.parts is None else f', "parts": {_json(c.parts)}'
 
 
 @dataclass

@@ -57,11 +57,12 @@ def parse(kind: Kind, text: str, finish_reason: str | None, config: CurationConf
     """
     steps = steps_of(kind, text) if kind in STEPS else None
     final = (steps[-1] if steps else "") or ("" if kind in STEPS and config.require_format else text.strip())
+    words = final.split()
     reason = (format_reason(kind, text, final, finish_reason) if config.require_format else None) or length_reason(
-        final, config.min_words, config.max_words
+        len(words), config.min_words, config.max_words
     )
     is_caption = kind in CAPTION_KINDS
-    compared = " ".join(final.split()) if is_caption else normalize_answer(final)
+    compared = " ".join(words) if is_caption else normalize_answer(final)
     evidence = text if is_caption else (steps[1] if steps else "")
     if IMAGE_PLACEHOLDER in text:
         reason = BROKEN_FORMAT
@@ -77,9 +78,8 @@ def format_reason(kind: Kind, text: str, final: str, finish_reason: str | None) 
     return BROKEN_FORMAT if kind in STEPS and not final else None
 
 
-def length_reason(final: str, min_words: int, max_words: int) -> str | None:
+def length_reason(words: int, min_words: int, max_words: int) -> str | None:
     """Empty, or outside the allowed number of words (separated by white space)."""
-    words = len(final.split())
     if words == 0:
         return EMPTY
     if words < min_words:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sicog_exp.curation import CurationError
-from sicog_exp.curation.consistency import DECIMALS, agreement_scores, mean_similarity_scores
+from sicog_exp.curation.consistency import DECIMALS, agreement_scores, mean_scores
 from sicog_exp.curation.filters import Parsed
 from sicog_exp.curation.items import GROUPS, Examined, Group, Item
-from sicog_exp.curation.similarity import Encoder, LexicalEncoder, Matrix
+from sicog_exp.curation.similarity import Encoder, LexicalEncoder, Matrix, alike
 from sicog_exp.recipe import CurationConfig
 
 
@@ -62,25 +62,28 @@ class Scorers:
     def scores(self, batch: Sequence[Examined]) -> Iterator[Scores]:
         """Scores of each entry's valid candidates. Texts are encoded only for items that are compared by them."""
         groups = [entry.item.group for entry in batch]
-        streams = {name: self._matrices(name, batch, groups) for name in self._encoders}
+        streams = {name: self._compare(name, batch, groups) for name in self._encoders}
         for entry, group in zip(batch, groups, strict=True):
-            matrices = {name: next(streams[name]) for name in self._compares[group]}
+            compared = {name: next(streams[name]) for name in self._compares[group]}
             support = self._listings.support(entry) if self._listings else None
-            parts = {name: self._one(name, entry, group, matrices, support) for name in self._weights[group]}
+            parts = {name: self._one(name, entry, group, compared, support) for name in self._weights[group]}
             if len(parts) > 1:
                 yield Scores(blended(parts, self._weights[group]), parts, support)
             else:
                 (values,) = parts.values()
                 yield Scores(values, None, support)
 
-    def _matrices(self, name: str, batch: Sequence[Examined], groups: Sequence[Group]) -> Iterator[Matrix]:
+    def _compare(self, name: str, batch: Sequence[Examined],
+                 groups: Sequence[Group]) -> Iterator[tuple[Matrix, list[float]]]:  # fmt: skip
+        """Similarities and their means, of the entries whose group is compared by this encoder."""
         texts = [[p.final for _, p in e.valid] for e, group in zip(batch, groups) if name in self._compares[group]]
-        return self._encoders[name].group_similarities(texts)
+        for neighbours in alike(self._encoders[name].group_similarities(texts)):
+            yield from zip(neighbours, mean_scores(np.stack(neighbours), self._include_self), strict=True)
 
-    def _one(self, name: str, entry: Examined, group: Group, matrices: Mapping[str, Matrix],
+    def _one(self, name: str, entry: Examined, group: Group, compared: Mapping[str, tuple[Matrix, list[float]]],
              support: list[float] | None) -> list[float]:  # fmt: skip
         if name in self._encoders:
-            return mean_similarity_scores(matrices[name], self._include_self)
+            return compared[name][1]
         if name == "likelihood":
             return likelihood_scores(entry)
         answers = [p.compared for _, p in entry.valid]
@@ -89,7 +92,7 @@ class Scorers:
         kinds = [c.kind for c, _ in entry.valid]
         if name == "cross_format":
             caption = group == "caption"
-            return cross_similarities(matrices["similarity"], kinds) if caption else cross_agreement(answers, kinds)
+            return cross_similarities(compared["similarity"][0], kinds) if caption else cross_agreement(answers, kinds)
         assert support is not None, f"the scorer {name} needs the listings of all items"
         return support if group == "caption" else listing_votes(answers, kinds, support, self._include_self)
 

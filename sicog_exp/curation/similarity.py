@@ -7,8 +7,8 @@ is a stream of groups. Every encoder passes `tests/contract/test_similarity.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from itertools import islice, pairwise
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,8 @@ import numpy.typing as npt
 from sicog_exp.curation import CurationError
 
 Matrix = npt.NDArray[np.float64]
+Matrices = npt.NDArray[np.float64]
+"""Several of one size, (m, n, n)."""
 Embed = Callable[[list[str]], npt.NDArray[np.floating]]
 T = TypeVar("T")
 
@@ -25,6 +27,8 @@ GROUPS_PER_BATCH = 1024
 """Groups whose texts an embedding encoder embeds together."""
 CACHED_TEXTS = 200_000
 """Embeddings kept for texts that come again in later batches (about 300 MB at 384 dimensions)."""
+TOGETHER = 1 << 16
+"""Similarities computed together: numpy's call costs more than a few candidates' numbers do."""
 PUNCTUATION = ".,;:!?\"'()[]"
 
 
@@ -54,12 +58,20 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def _over_distinct(texts: Sequence[str], compare: Callable[[list[str]], Matrix]) -> Matrix:
-    """Compare each distinct text once and spread the result over the repeated ones."""
-    order = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    matrix = compare(list(order))
-    if len(order) == len(texts):
+Sized = TypeVar("Sized", bound=Collection)
+
+
+def alike(groups: Iterable[Sized]) -> Iterator[list[Sized]]:
+    """Neighbours of one size n in one list, in order, as long as their n x n numbers are few."""
+    for n, neighbours in groupby(groups, len):
+        yield from batched(neighbours, max(TOGETHER // max(n * n, 1), 1))
+
+
+def _spread(texts: Sequence[str], distinct: Sequence[str], matrix: Matrix) -> Matrix:
+    """From the similarities of a group's distinct texts to those of all of its texts."""
+    if len(distinct) == len(texts):
         return matrix
+    order = {text: i for i, text in enumerate(distinct)}
     places = [order[text] for text in texts]
     return matrix[np.ix_(places, places)]
 
@@ -105,7 +117,8 @@ class LexicalEncoder(Encoder):
 
     def group_similarities(self, groups: Iterable[Sequence[str]]) -> Iterator[Matrix]:
         for texts in groups:
-            yield _over_distinct(texts, self._compare)
+            distinct = list(dict.fromkeys(texts))
+            yield _spread(texts, distinct, self._compare(distinct))
 
     @staticmethod
     def _compare(texts: list[str]) -> Matrix:
@@ -120,24 +133,25 @@ class LexicalEncoder(Encoder):
 class EmbeddingEncoder(Encoder):
     """Cosine similarity of sentence embeddings; a text is embedded once however often it occurs.
 
-    `embed` maps m texts to an (m, d) array. Similarities are rounded to 6 decimals: the embedding of a text differs in
-    the 7th with the batch it was padded in, and a score must not.
+    `embed` maps m texts to an (m, d) array; `cached` embeddings are kept for later batches. Similarities are rounded to
+    6 decimals: the embedding of a text differs in the 7th with the batch it was padded in, and a score must not.
     """
 
-    def __init__(self, name: str, embed: Embed) -> None:
+    def __init__(self, name: str, embed: Embed, cached: int = CACHED_TEXTS) -> None:
         self.name = name
-        self._embed = embed
+        self._embed, self._cached = embed, cached
         self._cache: dict[str, npt.NDArray[np.float32]] = {}
 
     def group_similarities(self, groups: Iterable[Sequence[str]]) -> Iterator[Matrix]:
         for batch in batched(groups, GROUPS_PER_BATCH):
             self._remember(batch)
-            for texts in batch:
-                yield _over_distinct(texts, self._compare)
+            distinct = [list(dict.fromkeys(texts)) for texts in batch]
+            matrices = chain.from_iterable(self._compare(neighbours) for neighbours in alike(distinct))
+            yield from map(_spread, batch, distinct, matrices)
 
     def _remember(self, batch: list[Sequence[str]]) -> None:
         """Embed the texts not seen before; forget the old ones when they have become too many."""
-        if len(self._cache) > CACHED_TEXTS:
+        if len(self._cache) > self._cached:
             self._cache.clear()
         new = list(dict.fromkeys(text for texts in batch for text in texts if text not in self._cache))
         if new:
@@ -145,14 +159,16 @@ class EmbeddingEncoder(Encoder):
             lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
             self._cache.update(zip(new, vectors / np.maximum(lengths, 1e-12), strict=True))
 
-    def _compare(self, texts: list[str]) -> Matrix:
-        if not texts:
-            return np.zeros((0, 0))
-        vectors = np.stack([self._cache[text] for text in texts])
-        cosine = (vectors @ vectors.T).astype(np.float64)
-        matrix = np.clip(np.round((cosine + cosine.T) / 2, 6), -1.0, 1.0)
-        np.fill_diagonal(matrix, 1.0)
-        return matrix
+    def _compare(self, groups: Sequence[Sequence[str]]) -> Matrices:
+        """Of groups with as many texts each."""
+        m, n = len(groups), len(groups[0])
+        if not n:
+            return np.zeros((m, 0, 0))
+        vectors = np.concatenate([self._cache[text] for texts in groups for text in texts]).reshape(m, n, -1)
+        cosine = (vectors @ vectors.transpose(0, 2, 1)).astype(np.float64)
+        matrices = np.clip(np.round((cosine + cosine.transpose(0, 2, 1)) / 2, 6), -1.0, 1.0)
+        matrices[:, range(n), range(n)] = 1.0
+        return matrices
 
 
 def build_encoder(name: str) -> Encoder:

@@ -255,3 +255,16 @@ def fill_bins(rows: Sequence[Row], length: int) -> list[list[Row]]:
         bins[place].append(row)
         left[place] -= n
     return bins
+
+
+def groups_of_bins(bins: Sequence[Sequence[Row]], samples: int) -> list[list[Sequence[Row]]]:
+    """Neighbouring bins of at most `samples` rows together; a bin that holds more stands alone."""
+    groups: list[list[Sequence[Row]]] = []
+    held = 0
+    for rows in bins:
+        if not groups or held + len(rows) > samples:
+            groups.append([])
+            held = 0
+        groups[-1].append(rows)
+        held += len(rows)
+    return groups

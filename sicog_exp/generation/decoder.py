@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -77,12 +77,43 @@ class Prompts:
     mask: Tensor
     positions: Tensor
 
-    def expanded(self, counts: Sequence[int]) -> Prompts:
-        """One row per candidate; the prompts' keys and values are copied, not computed again."""
+    def rows(self, counts: Sequence[int]) -> Tensor:
+        """The prompt of each candidate."""
         repeats = torch.tensor(counts, device=self.logits.device)
-        rows = torch.repeat_interleave(torch.arange(len(counts), device=self.logits.device), repeats)
-        layers: list[Any] = [GrowingLayer(layer.keys, layer.values, rows) for layer in self.cache.layers]  # type: ignore[union-attr, arg-type]
-        return Prompts(Cache(layers=layers), self.logits[rows], self.mask[rows], self.positions[rows])
+        return torch.repeat_interleave(torch.arange(len(counts), device=self.logits.device), repeats)
+
+
+class Steps(Protocol):
+    """One decoding step after another, over rows that each continue a prompt."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (R, V) behind these tokens (R,)."""
+        ...
+
+
+class GrowingSteps:
+    """Steps over buffers that grow and shrink. The prompts' keys and values are copied to a row per candidate, not
+    computed again."""
+
+    def __init__(self, model: Callable[..., Any], prompts: Prompts, counts: Sequence[int], room: int) -> None:
+        rows = prompts.rows(counts)
+        layers: list[Any] = [GrowingLayer(layer.keys, layer.values, rows) for layer in prompts.cache.layers]  # type: ignore[union-attr, arg-type]
+        self._model, self._cache = model, Cache(layers=layers)
+        self._mask, self._positions = _mask_with_room(prompts.mask[rows], room), prompts.positions[rows]
+        self._width, self._step = prompts.mask.shape[1], 0
+        self.logits = prompts.logits[rows]
+        """Behind each prompt."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self._positions, self._mask = self._positions[rows], self._mask[rows]
+        self._cache.batch_select_indices(rows)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        step, self._step = self._step, self._step + 1
+        return self._model(input_ids=tokens[:, None], attention_mask=self._mask[:, : self._width + step + 1],
+                           position_ids=self._positions[:, None] + step, past_key_values=self._cache,
+                           use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
 
 
 @dataclass
@@ -141,18 +172,16 @@ def nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
 class Decoder:
     """Decodes all candidates of one batch, leaving out rows as they finish."""
 
-    def __init__(self, model: Callable[..., Any], stops: Tensor, decoding: Decoding) -> None:
-        self.model, self.stops, self.decoding = model, stops, decoding
+    def __init__(self, stops: Tensor, decoding: Decoding) -> None:
+        self.stops, self.decoding = stops, decoding
         on_cpu = stops.device.type == "cpu"
         # each look at finished rows stalls a GPU, where a few idle rows cost little; on a CPU every row costs
         self.look_every, self.worth = (1, 1 / 8) if on_cpu else (8, 1 / 2)
 
-    def run(self, prompts: Prompts, uniforms: Tensor) -> Drawn:
-        """`prompts` has one row per candidate, `uniforms` (C, max_new_tokens) its noise."""
+    def run(self, steps: Steps, logits: Tensor, uniforms: Tensor) -> Drawn:
+        """`logits` (C, V) stand behind the prompts, one row per candidate; `uniforms` (C, max_new_tokens) its noise."""
         drawn = self._empty(len(uniforms), uniforms.device)
         rows = torch.arange(len(uniforms), device=uniforms.device)
-        mask, logits = _mask_with_room(prompts.mask, self.decoding.max_new_tokens), prompts.logits
-        positions, width = prompts.positions, prompts.mask.shape[1]
         for step in range(self.decoding.max_new_tokens):
             tokens = self._record(drawn, rows, step, *draw(logits, uniforms[rows, step], self.decoding))
             if step + 1 == self.decoding.max_new_tokens:
@@ -161,11 +190,10 @@ class Decoder:
             if keep is not None:
                 if not len(keep):
                     break
-                rows, tokens, positions, mask = rows[keep], tokens[keep], positions[keep], mask[keep]
-                prompts.cache.batch_select_indices(keep)
-            logits = self.model(input_ids=tokens[:, None], attention_mask=mask[:, : width + step + 1],
-                                position_ids=positions[:, None] + step, past_key_values=prompts.cache,
-                                use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
+                if isinstance(steps, GrowingSteps):
+                    rows, tokens = rows[keep], tokens[keep]
+                    steps.keep(keep)
+            logits = steps(tokens)
         return drawn
 
     def _empty(self, count: int, device: torch.device) -> Drawn:

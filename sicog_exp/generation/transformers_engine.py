@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +17,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sicog_exp.data.chat import ChatEncoder, ImageInputs, join_images, to_chat
 from sicog_exp.data.images import ImageError, open_image
-from sicog_exp.generation.decoder import Decoder, Drawn, Prompts, joined, noise
+from sicog_exp.generation.decoder import Decoder, Drawn, GrowingSteps, Prompts, joined, noise
 from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
+from sicog_exp.generation.fixed import FixedSteps, fixed_problem
 from sicog_exp.generation.memory import Halving
 from sicog_exp.generation.requests import EngineError, check_decoding, check_requests, cut, keys_of
 from sicog_exp.models.families import GRIDS, image_features, positions, shares_features, token_types
@@ -67,7 +69,6 @@ class _Prepared:
     uniforms: Tensor
     decoding: Decoding
 
-
     def only(self, chosen: Sequence[int]) -> _Prepared:
         """Some of the candidates, by their number, in order."""
         owner = [place for place, request in enumerate(self.batch) for _ in range(request.count)]
@@ -89,7 +90,7 @@ class TransformersEngine:
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, device: str | torch.device = "cpu",
-                 max_pixels: int = MAX_PIXELS, threads: int = 1) -> None:  # fmt: skip
+                 max_pixels: int = MAX_PIXELS, threads: int = 1, static_cache: bool = False) -> None:  # fmt: skip
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.encoder = ChatEncoder(processor)
@@ -102,6 +103,11 @@ class TransformersEngine:
         self._sampling, self._scoring = Halving(SMALLER), Halving(SMALLER)
         self._lengths: dict[tuple[Message, ...], int] = {}
         self._shares_features = shares_features(model)
+        problem = fixed_problem(model) if static_cache else None
+        if problem:
+            warnings.warn(f"model.static_cache: {model.config.model_type} {problem}; it decodes as usual", stacklevel=2)
+        self._static_cache = static_cache and not problem
+        self._fixed: FixedSteps | None = None
 
     @property
     def halved(self) -> int:
@@ -120,7 +126,7 @@ class TransformersEngine:
     def from_recipe(cls, path: str | Path, config: ModelConfig) -> TransformersEngine:
         """A generation's model, loaded as the recipe says. Raises ModelError."""
         model, processor = load_model(ModelSource.of(path, config), config.generation_dtype)
-        return cls(model, processor, config.torch_device, threads=config.threads)
+        return cls(model, processor, config.torch_device, threads=config.threads, static_cache=config.static_cache)
 
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
         """The batches of `sample`, in order: every request once, of like prompt length."""
@@ -216,8 +222,24 @@ class TransformersEngine:
         logits = self._forward(ids, mask, places, prepared.inputs, past_key_values=cache, use_cache=True,
                                logits_to_keep=1)  # fmt: skip
         behind = places.amax(-1) + 1 if places.ndim == 2 else places.amax((0, 2)) + 1
-        prompts = Prompts(cache, logits[:, -1], mask, behind).expanded([r.count for r in prepared.batch])
-        return Decoder(self.model, self.stops, prepared.decoding).run(prompts, prepared.uniforms.to(self.device))
+        prompts, counts = Prompts(cache, logits[:, -1], mask, behind), [request.count for request in prepared.batch]
+        decoder, room = Decoder(self.stops, prepared.decoding), prepared.decoding.max_new_tokens
+        uniforms = prepared.uniforms.to(self.device)
+        if self._static_cache:
+            fixed = self._fixed_steps(prompts, counts, room)
+            return decoder.run(fixed, fixed.load(prompts, counts), uniforms)
+        growing = GrowingSteps(self.model, prompts, counts, room)
+        return decoder.run(growing, growing.logits, uniforms)
+
+    def _fixed_steps(self, prompts: Prompts, counts: list[int], room: int) -> FixedSteps:
+        """The buffers, and with them the captured step, of the batch before where they fit; on a CPU, where batches run
+        side by side and nothing is captured, new ones."""
+        fixed = self._fixed
+        if fixed is None or not fixed.fits(prompts, counts, room):
+            self._fixed = fixed = None  # before new ones are made: there may be no room for both
+            fixed = FixedSteps(self.model, prompts, counts, room)
+        self._fixed = fixed if self.device.type == "cuda" else None
+        return fixed
 
     def _candidates(self, prepared: _Prepared, drawn: Drawn) -> list[Candidate]:
         keys = [key for request in prepared.batch for key in keys_of(request)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
@@ -24,6 +25,7 @@ from torch.utils.data import IterableDataset
 from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError, to_chat
 from sicog_exp.data.mixture import Row, collate, fill_bins, pack
 from sicog_exp.generation.engine import Decoding, Request
+from sicog_exp.generation.fixed import fixed_problem
 from sicog_exp.generation.requests import keys_of
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.models.adapters import linear_layers, merge_adapters
@@ -45,6 +47,8 @@ INSIDE_THE_PROJECTOR = {
 }  # fmt: skip
 
 NO_PACKING = {"qwen2_vl": "M-RoPE", "qwen2_5_vl": "M-RoPE", "qwen3_vl": "M-RoPE", "gemma3": "both ways inside an image"}
+
+NO_STATIC_CACHE = {"gemma3": "do not attend to all that came before"}
 
 ONE_SIZE = ("llava", "gemma3")
 FEWER_PIXELS = 1600
@@ -317,6 +321,21 @@ class TestArchitecture:
         theirs = {name: generated(subject, words, numbers) for name, (words, numbers) in asked.items()}
         assert ours == {**{(name, 0): row for name, row in theirs.items()}, ("c", 1): theirs["c"]}
         assert len({tuple(row) for row in theirs.values()}) > 3
+
+    def test_buffers_of_fixed_size_say_the_same(self, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Prompts of several lengths and of 0 to 2 pictures, some with several candidates; a model that cannot says why
+        and decodes as usual."""
+        asked = [("Is there a dog?", (0,), 2), ("Be brief.", (), 1), ("Describe the image in detail.", (2, 3), 3)]
+        requests = [subject.request(str(i), *talk) for i, talk in enumerate(asked)]
+        problem = fixed_problem(subject.model)
+        assert (problem is not None) == (subject.family.name in NO_STATIC_CACHE), problem
+        warned = pytest.warns(UserWarning, match=NO_STATIC_CACHE[subject.family.name]) if problem else nullcontext()
+        with warned:
+            engine = TransformersEngine(subject.model, subject.opened[1], static_cache=True)
+        for decoding in (Decoding(0.0, 1.0, 12, 0, 8), Decoding(1.0, 0.9, 12, 0, 2)):
+            wanted = tokens(subject.engine, requests, decoding, monkeypatch)
+            assert tokens(engine, requests, decoding, monkeypatch) == wanted
+            assert len(wanted) == 6
 
     def test_the_harness_scores_what_the_model_says(self, subject: Subject) -> None:
         """lmms-eval's two kinds of request, answered through the engine in a batch, against the model alone."""

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from hashed import hashed
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sicog_exp.curation import CurationError
 from sicog_exp.curation.embeddings import embed_texts, stored_encoder
@@ -39,6 +41,28 @@ def test_encoder_contract(encoder: Encoder) -> None:
         np.testing.assert_allclose(encoder.similarities(texts), matrix, atol=2e-6)
         np.testing.assert_allclose(encoder.similarities(texts[::-1]), matrix[::-1, ::-1], atol=2e-6)
     assert encoder.name
+
+
+def alone(texts: list[str]) -> np.ndarray:
+    """One group's similarities, as they were computed before groups were computed together."""
+    order = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    if not order:
+        return np.zeros((0, 0))
+    vectors = np.stack([hashed([text])[0] for text in order]).astype(np.float32)
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    cosine = (vectors @ vectors.T).astype(np.float64)
+    matrix = np.clip(np.round((cosine + cosine.T) / 2, 6), -1.0, 1.0)
+    np.fill_diagonal(matrix, 1.0)
+    places = [order[text] for text in texts]
+    return matrix[np.ix_(places, places)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "c", "d d", ""]), max_size=6), max_size=8))
+def test_groups_compared_together_compare_as_alone(groups: list[list[str]]) -> None:
+    """To the bit: the bytes of a curation do not depend on what is computed at once."""
+    together = list(EmbeddingEncoder("embedding", hashed, cached=0).group_similarities(groups))
+    assert all(np.array_equal(matrix, alone(group)) for matrix, group in zip(together, groups, strict=True))
 
 
 def test_encoder_ranks_a_paraphrase_above_another_topic() -> None:

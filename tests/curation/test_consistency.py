@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sicog_exp.curation.consistency import (
@@ -10,6 +10,7 @@ from sicog_exp.curation.consistency import (
     choose,
     evidence_agreement,
     lower_half,
+    mean_scores,
     mean_similarity_scores,
     seeded_index,
 )
@@ -35,6 +36,18 @@ def test_agreement_by_hand() -> None:
     answers = ["red", "red", "blue", "red"]
     assert agreement_scores(answers, include_self=True) == [0.75, 0.75, 0.25, 0.75]
     assert agreement_scores(answers, include_self=False) == pytest.approx([2 / 3, 2 / 3, 0, 2 / 3], abs=1e-9)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(0, 9), st.booleans(), st.integers(0, 2**32))
+def test_items_scored_together_score_as_alone(m: int, n: int, include_self: bool, seed: int) -> None:
+    """To the bit, against numpy's own mean of each item's rows."""
+    matrices = np.random.default_rng(seed).random((m, n, n))
+    found = mean_scores(matrices, include_self)
+    assert found == [mean_similarity_scores(matrix, include_self) for matrix in matrices]
+    for scores, matrix in zip(found, matrices, strict=True):
+        rows = [np.sort(np.delete(row, [] if include_self else i)) for i, row in enumerate(matrix)]
+        assert scores == [float(np.round(row.mean(), 9)) if len(row) else 0.0 for row in rows]
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=8), st.booleans())

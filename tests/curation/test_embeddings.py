@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 from hashed import hashed
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_selfdata import candidate, pool, unlabeled
 
 from sicog_exp import selfdata
 from sicog_exp.curation import embeddings as e
+from sicog_exp.curation.similarity import EmbeddingEncoder
 from sicog_exp.recipe import CurationConfig
 from sicog_exp.records import read_jsonl, write_records
 from sicog_exp.store import Artifact, Store
@@ -63,6 +68,29 @@ def test_others_may_compute_the_batches(tmp_path: Path, monkeypatch: pytest.Monk
     assert e.embed_texts(lambda: iter(TEXTS), "any", tmp_path, tmp_path, spread=spread) == len(DISTINCT)
     assert [text for batch in batches for text in batch] == DISTINCT
     assert np.array_equal(np.load(tmp_path / e.VECTORS), hashed(DISTINCT).astype(np.float32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(DISTINCT), unique=True), max_size=3))
+def test_of_several_folders_the_last_one_s_embedding_counts(held: list[list[str]]) -> None:
+    """The others are embedded when they come, each text gets its own vector, in any order."""
+
+    def embed(number: int) -> Callable[[list[str]], np.ndarray]:
+        return lambda texts: hashed([f"{number} {text}" for text in texts])
+
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folders = [Path(name) / str(i) for i in range(len(held))]
+        for i, (folder, texts) in enumerate(zip(folders, held, strict=True)):
+            folder.mkdir()
+            patch.setattr(e, "embedder", lambda name, i=i: embed(i))
+            e.embed_texts(lambda texts=texts: iter(texts), "any", folder, folder)  # type: ignore[misc]
+        patch.setattr(e, "embedder", lambda name: embed(9))
+        patch.setattr(e, "build_encoder", lambda name: EmbeddingEncoder(name, embed(9)))
+        asked = DISTINCT[::-1]
+        found = e.stored_encoder("any", folders).similarities(asked)
+    owner = [max((i for i, texts in enumerate(held) if text in texts), default=9) for text in asked]
+    wanted = EmbeddingEncoder("any", hashed).similarities([f"{i} {text}" for i, text in zip(owner, asked)])
+    assert np.array_equal(found, wanted)
 
 
 def test_no_text_no_vectors(tmp_path: Path) -> None:

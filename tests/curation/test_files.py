@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sicog_exp.curation import CurationError
-from sicog_exp.curation.files import curate_file
+from sicog_exp.curation.files import _score_lines, curate_file
+from sicog_exp.curation.items import CandidateScore
 from sicog_exp.prompts import structured
 from sicog_exp.recipe import CurationConfig
 
@@ -151,6 +153,18 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run(command, check=True, env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(filter(None, sys.path))})
     for file in other.iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+@settings(deadline=None)
+@given(st.text(), st.lists(st.builds(
+    CandidateScore, st.integers(0, 99), st.sampled_from([None, "cod", "direct"]), st.none() | st.floats(-1, 1),
+    st.sampled_from([None, "too_short"]), st.none() | st.dictionaries(st.sampled_from(["similarity", "lexical"]),
+                                                                     st.floats(-1, 1)))))  # fmt: skip
+def test_rows_of_scores_are_json_s_own(id: str, scores: list[CandidateScore]) -> None:
+    rows = [asdict(score) for score in scores]
+    rows = [{"id": id, **{key: value for key, value in row.items() if key != "parts" or value is not None}}
+            for row in rows]  # fmt: skip
+    assert _score_lines(id, scores) == "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def test_minilm_on_captions(tmp_path: Path) -> None:

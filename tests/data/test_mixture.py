@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from sicog_exp.data.mixture import (
     capped,
     collate,
     fill_bins,
+    groups_of_bins,
     pack,
 )
 from sicog_exp.models.loading import ModelSource, load_model
@@ -230,6 +231,17 @@ def test_bins_hold_every_sample_once_and_never_overflow(lengths: list[int], capa
     assert max(sizes) <= capacity
     # First fit leaves at most one bin half empty.
     assert sum(size <= capacity / 2 for size in sizes) <= 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 20))
+def test_bins_of_one_pass_hold_no_more_samples_than_asked(lengths: list[int], samples: int) -> None:
+    bins = fill_bins([row([i] * n) for i, n in enumerate(lengths)], 60)
+    groups = groups_of_bins(bins, samples)
+    assert [rows for group in groups for rows in group] == bins
+    assert all(len(group) == 1 or sum(map(len, group)) <= samples for group in groups)
+    for group, following in pairwise(groups):
+        assert sum(map(len, group)) + len(following[0]) > samples, "no pass ends early"
 
 
 def test_a_pad_token_in_the_text_is_not_padding() -> None:
