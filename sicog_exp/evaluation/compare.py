@@ -120,13 +120,12 @@ def ceiling_shares(floor: Sequence[Path], arm: Sequence[Path], limit: Sequence[P
                    resamples: int = RESAMPLES) -> dict[str, Interval | None]:  # fmt: skip
     """Task -> (arm - floor) / (limit - floor), questions averaged over seeds first, images resampled; None where the
     limit is not clearly above the floor. Entry i of each is an evaluation directory of the same seed."""
-    floors, arms, limits = ([_by_task(path) for path in paths] for paths in (floor, arm, limit))
-    return {task: _share([(a[task], b[task], c[task]) for a, b, c in zip(floors, arms, limits, strict=True)], resamples)
-            for task in floors[0]}  # fmt: skip
+    seeds = [tuple(map(_by_task, paths)) for paths in zip(floor, arm, limit, strict=True)]
+    return {task: _share([(a[task], b[task], c[task]) for a, b, c in seeds], resamples) for task in seeds[0][0]}
 
 
 def _share(seeds: Sequence[tuple[list[Sample], list[Sample], list[Sample]]], resamples: int) -> Interval | None:
-    gains, limits, images = [], [], []
+    gains, limits, images = [], [], [""]
     for floor, arm, limit in seeds:
         before, after, images = _aligned(floor, arm)
         gains.append(after - before)

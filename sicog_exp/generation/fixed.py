@@ -36,6 +36,9 @@ def fixed_problem(model: PreTrainedModel) -> str | None:
 class FixedLayer(DynamicLayer):
     """Keys and values of one layer, (R, heads, S, width); a step writes at `place`, a tensor (1,) that it shares."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, like: Tensor, rows: int, length: int, place: Tensor) -> None:
         super().__init__()
         self.dtype, self.device = like.dtype, like.device

@@ -352,8 +352,8 @@ def shares(study: AblationConfig, found: Mapping[str, Sequence[Artifact]], resam
         return
     floor, bound = study.ceiling.before, study.ceiling.after
     for arm in (arm for arm in study.arms if arm not in (floor, bound)):
-        ends = [_evaluations(found, end) for end in (floor, arm, bound)]
-        for task, share in ceiling_shares(*ends, resamples).items():
+        floors, arms, bounds = (_evaluations(found, end) for end in (floor, arm, bound))
+        for task, share in ceiling_shares(floors, arms, bounds, resamples).items():
             if share:
                 yield Share(arm, task, share.mean, share.low, share.high)
 

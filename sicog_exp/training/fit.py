@@ -203,7 +203,8 @@ def whole_state(module: Stage) -> dict[str, torch.Tensor] | None:
 
     if not isinstance(module, FSDPModule):
         return None
-    return get_model_state_dict(cast(Any, module), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, torch.Tensor], get_model_state_dict(cast(Any, module), options=options))
 
 
 def runs_side_by_side(stage: StageConfig, model: ModelConfig) -> bool:
