@@ -51,7 +51,7 @@ def sized(recipe: Recipe) -> Recipe:
     if recipe.scale == "full":
         return recipe
     made = _make(recipe)
-    stages: dict[str, Any] = {name: _stage(getattr(recipe, name)) for name in STAGES}
+    stages: dict[str, Any] = {name: _stage(getattr(recipe, name), recipe.model.ranks) for name in STAGES}
     own = recipe.data.source == "own"
     return replace(
         recipe, name=PREFIX + recipe.name.removeprefix(PREFIX), data=_data(recipe.data, made), plan=PlanConfig(),
@@ -76,8 +76,9 @@ def _least(value: int | None, most: int) -> int | None:
     return None if value is None else min(value, most)
 
 
-def _stage(stage: StageConfig) -> StageConfig:
-    batch = min(stage.batch_size, BATCH)
+def _stage(stage: StageConfig, ranks: int) -> StageConfig:
+    """As many rows for each rank, at least one."""
+    batch = min(stage.batch_size, ranks * max(1, BATCH // ranks))
     return replace(stage, steps=min(stage.steps, STEPS), batch_size=batch,
                    micro_batch_size=gcd(batch, min(stage.micro_batch_size, MICRO_BATCH)))  # fmt: skip
 

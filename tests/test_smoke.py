@@ -12,7 +12,7 @@ import pytest
 from sicog_exp import smoke
 from sicog_exp.cli import main
 from sicog_exp.models.shapes import PUBLISHED
-from sicog_exp.recipe import Recipe, RecipeError, load, to_yaml
+from sicog_exp.recipe import Recipe, RecipeError, StageConfig, load, to_yaml
 from sicog_exp.reporting import report, side_by_side
 from sicog_exp.reporting.export import ExportError, export
 
@@ -129,3 +129,9 @@ def test_what_has_no_miniature_and_what_is_no_run_is_said(home: Path) -> None:
         smoke.sized(language)
     assert main(["plan", "experiments/qwen2_5_vl_7b.yaml", "scale=smoke"]) == 2
     assert all(PUBLISHED[name]().model_type for name in PUBLISHED)
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 4), (3, 3), (8, 8)])
+def test_every_rank_has_as_many_rows(ranks: int, batch: int) -> None:
+    stage = StageConfig(steps=100, batch_size=24, micro_batch_size=8)
+    assert smoke._stage(stage, ranks).batch_size == batch

@@ -12,9 +12,11 @@ import torch
 from test_transformers_engine import engine, requests_36  # noqa: F401 - fixtures
 
 from sicog_exp.generation.engine import Decoding, Request
+from sicog_exp.generation.engines import OpenEngine
 from sicog_exp.generation.memory import MemoryShortage
 from sicog_exp.generation.pool import generate_pool
-from sicog_exp.generation.transformers_engine import TransformersEngine, halvings
+from sicog_exp.generation.transformers_engine import TransformersEngine
+from sicog_exp.models.loading import work_of
 from sicog_exp.records import Candidate
 
 
@@ -71,10 +73,10 @@ def test_halves_give_the_same_candidates(engine: TransformersEngine, asked: list
         assert (one.text, one.tokens, one.seed, one.finish_reason) == (other.text, other.tokens, other.seed,
                                                                        other.finish_reason)  # fmt: skip
         assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
-    assert halvings(fresh) == {"halved_batches": fresh.halved}
+    assert OpenEngine(fresh, work_of(fresh.model), "cpu").halvings == {"halved_batches": fresh.halved}
     assert 1 <= fresh.halved <= 3, "a size that failed is not tried again"
     assert capsys.readouterr().out.count("going on with halves") == 1
-    assert halvings(engine) == {}
+    assert OpenEngine(engine, work_of(engine.model), "cpu").halvings == {}
 
 
 def test_likelihoods_are_halved_too(engine: TransformersEngine, asked: list[Request]) -> None:  # noqa: F811
