@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -135,12 +136,14 @@ def reference_differences(module: PreferenceTuning, batches: PairBatches, count:
     parts = batches.parts(range(count))
     done = _read_reference(workplace.scratch / REFERENCE)
     missing = [number for number in range(len(parts)) if number not in done]
+    started = time.perf_counter()
     with (workplace.scratch / REFERENCE).open("a") as file:
         for number, found in _scored(module, batches, {i: parts[i] for i in missing}, model):
-            done[number] = found
-            file.write(json.dumps({"batch": number, "differences": found}) + "\n")
+            done[number], now = found, time.perf_counter()
+            file.write(json.dumps({"batch": number, "differences": found, "seconds": now - started}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+            started = now
     by_pair = {pair: value for number, part in enumerate(parts) for pair, value in zip(part, done[number], strict=True)}
     return [by_pair[pair] for pair in range(count)]
 
@@ -152,6 +155,12 @@ def _read_reference(path: Path) -> dict[int, list[float]]:
     whole, newline, _ = path.read_text().rpartition("\n")
     path.write_text(whole + newline)
     return {row["batch"]: row["differences"] for row in map(json.loads, whole.splitlines())}
+
+
+def _reference_seconds(workplace: Workplace) -> float:
+    """What all batches of the finished pass took, those of killed attempts too."""
+    rows = map(json.loads, (workplace.scratch / REFERENCE).read_text().splitlines())
+    return sum(row.get("seconds", 0.0) for row in rows)
 
 
 def _scored(module: PreferenceTuning, batches: PairBatches, parts: Mapping[int, Sequence[int]], model: ModelConfig
@@ -211,6 +220,7 @@ def prefer(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Work
     if task.stage.lora_rank:
         model = merged(model, loaded, task.stage)
     work, again = work_of(model), task.model.gradient_checkpointing
+    workplace.add(model_seconds=_reference_seconds(workplace))
     workplace.add(pairs=count, flops=trained_flops(workplace.facts, work, task.stage, again)
                   + work.sampling(*_size(source, module)))  # fmt: skip
     save_model(model, processor, workplace.directory)
