@@ -59,7 +59,7 @@ def iterate(recipe: Recipe, runner: Runner) -> Lineage:
         aligned = align(runner, recipe, start, clean)
         if recipe.self_data:
             generators = develop(runner, recipe, current.model, clean)
-            generators = preference_tuned(recipe, generators, clean, index, runner.run)
+            generators = preference_tuned(recipe, generators, clean, checked, index, runner.run)
             self_data = self_data_module(recipe, index, aligned, clean, generators, pools, runner)
             self_data.prepare_data()
             pools = self_data.pools if recipe.sampling.pooled else []
@@ -185,6 +185,7 @@ class EvaluationTask:
     evaluation: EvaluationConfig
     model: ModelConfig
     benchmarks: Mapping[str, str]
+    max_pixels: int = 50_000_000
 
 
 def scored(runner: Runner, recipe: Recipe, index: int, model: Artifact, data: Artifact) -> Generation:
@@ -203,7 +204,7 @@ def evaluate(runner: Runner, recipe: Recipe, name: str, model: Artifact, data: A
     from sicog_exp.evaluation.suites import suite_state
 
     benchmarks = suite_state(recipe.evaluation.suite, recipe.evaluation.judge)
-    task = EvaluationTask(recipe.evaluation, recipe.model, benchmarks)
+    task = EvaluationTask(recipe.evaluation, recipe.model, benchmarks, recipe.data.max_pixels)
     inputs = {"model": model, "data": data}
     return runner.run(Step(name, run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
 
@@ -216,7 +217,7 @@ def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workpla
     from sicog_exp.generation.transformers_engine import TransformersEngine
     from sicog_exp.models.loading import work_of
 
-    engine = TransformersEngine.from_recipe(inputs["model"].path, task.model)
+    engine = TransformersEngine.from_recipe(inputs["model"].path, task.model, task.max_pixels)
     suite = load_suite(task.evaluation.suite)
     kept = KeptAnswers(engine, workplace.scratch, inputs["model"].content)
     scores = benchmarks.evaluate(kept, suite, inputs["data"].path, task.evaluation, workplace.directory,

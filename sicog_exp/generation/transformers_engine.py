@@ -91,10 +91,10 @@ class TransformersEngine:
         return cls(model, processor, device, max_pixels, threads)
 
     @classmethod
-    def from_recipe(cls, path: str | Path, config: ModelConfig) -> TransformersEngine:
+    def from_recipe(cls, path: str | Path, config: ModelConfig, max_pixels: int = MAX_PIXELS) -> TransformersEngine:
         """A generation's model, loaded as the recipe says. Raises ModelError."""
         model, processor = load_model(ModelSource.of(path, config), config.generation_dtype)
-        return cls(model, processor, config.torch_device, threads=config.threads)
+        return cls(model, processor, config.torch_device, max_pixels, config.threads)
 
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
         """The batches of `sample`, in order: every request once, of like prompt length."""
