@@ -56,7 +56,7 @@ def check_packages(recipe: Recipe) -> None:
     if recipe.model.attention == "flash_attention_2" and not is_flash_attn_2_available():
         raise RecipeError("model.attention=flash_attention_2: needs a GPU and the flash-attn package (`pip install "
                           "flash-attn`); model.attention=sdpa works everywhere")  # fmt: skip
-    stages = {name: getattr(recipe, name) for name in ("develop", "align", "pretrain", "instruct")}
+    stages = {name: getattr(recipe, name) for name in ("develop", "preference", "align", "pretrain", "instruct")}
     for name, stage in stages.items():
         key = "optimizer=adamw_8bit" if stage.optimizer == "adamw_8bit" else "lora_4bit=true" * stage.lora_4bit
         usable = is_bitsandbytes_available() and recipe.model.torch_device == "cuda"

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -341,8 +342,9 @@ def _curate(args: argparse.Namespace) -> int:
 def _check_data(args: argparse.Namespace) -> int:
     from sicog_exp.recipe import DataConfig, build_overrides
 
-    overrides = [*args.overrides, *([f"data.root={args.root}"] if args.root else [])]
-    config = build_overrides(DataConfig, "data", overrides)
+    config = build_overrides(DataConfig, "data", args.overrides)
+    if args.root:
+        config = replace(config, root=args.root)
     quiet_libraries()
     from sicog_exp.data.check import Options, check
     from sicog_exp.data.preview import show, write_page
@@ -386,7 +388,7 @@ def _ablate(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from sicog_exp.studies.sweep import load_study
 
-    study = load_study(args.study, [*args.overrides, *_split(args.more)])
+    study = load_study(*_overrides(args, DEFAULT_STUDY, args.study))
     quiet_libraries()
     from sicog_exp.studies.sweep import run_sweep
 

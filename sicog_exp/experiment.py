@@ -78,12 +78,22 @@ def experiment_step(recipe: Recipe, store: Store, console: Console, part: Part |
     """The whole run as one step: it is finished when its report is."""
     steps_of = replace(recipe, plan=PlanConfig())  # which no step reads
     data, base = origins.data_step(recipe), origins.base_step(recipe)
-    identity = {"recipe": steps_of, "data": data.identity, "base": base.identity}
+    identity = {"recipe": steps_of, "data": data.identity, "base": base.identity, **_beside(recipe)}
 
     def run(config: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
         _run(recipe, store, workplace, console, part)
 
     return Step("iterate", run, identity, seed=recipe.seed, revision=REVISION)
+
+
+def _beside(recipe: Recipe) -> dict[str, Any]:
+    """What files that the recipe only names hold now: an edited suite or encoder is a new run."""
+    from sicog_exp.curation.embeddings import encoder_state
+    from sicog_exp.evaluation.suites import suite_state
+
+    encoder = recipe.curation.encoder
+    encoded = {"encoder": encoder_state(encoder)} if recipe.self_data and encoder != "lexical" else {}
+    return {"benchmarks": suite_state(recipe.evaluation.suite, recipe.evaluation.judge), **encoded}
 
 
 def _run(recipe: Recipe, store: Store, workplace: Workplace, console: Console, part: Part | None) -> None:
@@ -245,7 +255,8 @@ def check_memory(recipe: Recipe) -> None:
         if not weights:
             raise RecipeError(f"model.base={recipe.model.base}: no safetensors weights in {folder}")
         files += weights
-    stages = [stage for stage in (recipe.develop, recipe.align, recipe.pretrain, recipe.instruct) if stage.steps]
+    stages = [stage for stage in (recipe.develop, recipe.preference, recipe.align, recipe.pretrain, recipe.instruct)
+              if stage.steps]  # fmt: skip
     # The language model is nearly all of a large model; by adapters alone it needs no more than its weights.
     in_full = any(stage.language_lr and not (stage.lora_rank and "language" in stage.lora_parts) for stage in stages)
     need = (WEIGHTS_IN_TRAINING if in_full else 1) * sum(path.stat().st_size for path in files)

@@ -59,7 +59,7 @@ def iterate(recipe: Recipe, runner: Runner) -> Lineage:
         aligned = align(runner, recipe, start, clean)
         if recipe.self_data:
             generators = develop(runner, recipe, current.model, clean)
-            generators = preference_tuned(recipe, generators, clean, index, runner.run)
+            generators = preference_tuned(recipe, generators, clean, checked, index, runner.run)
             self_data = self_data_module(recipe, index, aligned, clean, generators, pools, runner)
             self_data.prepare_data()
             pools = self_data.pools if recipe.sampling.pooled else []
@@ -190,6 +190,7 @@ class EvaluationTask:
     evaluation: EvaluationConfig
     model: ModelConfig
     benchmarks: Mapping[str, str]
+    max_pixels: int
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -209,7 +210,8 @@ def evaluate(runner: Runner, recipe: Recipe, name: str, model: Artifact, data: A
     from sicog_exp.evaluation.suites import suite_state
 
     benchmarks = suite_state(recipe.evaluation.suite, recipe.evaluation.judge)
-    task = EvaluationTask(recipe.evaluation, recipe.model, benchmarks, recipe.engine.of_evaluation)
+    task = EvaluationTask(recipe.evaluation, recipe.model, benchmarks, recipe.data.max_pixels,
+                          recipe.engine.of_evaluation)  # fmt: skip
     inputs = {"model": model, "data": data}
     return runner.run(Step(name, run_evaluation, task, inputs, recipe.seed, EVALUATION_REVISION))
 
@@ -222,7 +224,7 @@ def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workpla
     from sicog_exp.generation.engines import open_engine
 
     suite = load_suite(task.evaluation.suite)
-    with open_engine(inputs["model"].path, task.model, task.engine) as opened:
+    with open_engine(inputs["model"].path, task.model, task.engine, task.max_pixels) as opened:
         kept = KeptAnswers(opened.engine, workplace.scratch, inputs["model"].content)
         scores = benchmarks.evaluate(kept, suite, inputs["data"].path, task.evaluation, workplace.directory,
                                      task.evaluation.split)  # fmt: skip

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sicog_exp.cleandata import without_repeated_texts
 from sicog_exp.curation.consistency import lower_half, seeded_index
 from sicog_exp.curation.curate import Group
 from sicog_exp.curation.filters import parse
@@ -22,7 +23,7 @@ from sicog_exp.data.images import IMAGES, open_image
 from sicog_exp.prompts import KINDS, Kind, prompt
 from sicog_exp.recipe import CurationConfig, Recipe, SamplingConfig
 from sicog_exp.records import Record, conversation, read_jsonl, read_records, write_records
-from sicog_exp.selfdata import GROUPS, PoolTask, curate_pools, items_of, numbered, sample_pools
+from sicog_exp.selfdata import GROUPS, PoolTask, curate_pools, items_of, numbered, sample_pools, training_rows
 from sicog_exp.store import Artifact, Step, Workplace
 
 UNLABELED = "unlabeled.parquet"
@@ -30,9 +31,10 @@ REVISION = 1
 RunStep = Callable[[Step], Artifact]
 
 
-def preference_tuned(recipe: Recipe, generators: Mapping[Group, Artifact], data: Artifact, iteration: int,
-                     run: RunStep) -> Mapping[Group, Artifact]:  # fmt: skip
-    """The generators after preference tuning; themselves where `preference.steps` is 0."""
+def preference_tuned(recipe: Recipe, generators: Mapping[Group, Artifact], data: Artifact, checked: Artifact,
+                     iteration: int, run: RunStep) -> Mapping[Group, Artifact]:  # fmt: skip
+    """The generators after preference tuning; themselves where `preference.steps` is 0. `checked` holds the benchmarks'
+    texts (`cleandata.check_step`), which pairs must not repeat."""
     if recipe.preference.steps == 0:
         return generators
     config, seed = recipe.preference, recipe.seed
@@ -43,6 +45,7 @@ def preference_tuned(recipe: Recipe, generators: Mapping[Group, Artifact], data:
     pools = sample_pools(task, generators, inputs, run, "preference-generate")
     curated = curate_pools("preference-curate", recipe.curation, items, list(pools.values()), run,
                            recipe.engine)  # fmt: skip
+    curated = without_repeated_texts(recipe, curated, checked, run)
     rejected = pools
     if config.rejected == "corrupted":
         corrupted = run(Step("preference-corrupt", corrupt_items, CorruptTask(recipe.data.max_pixels),
@@ -143,7 +146,9 @@ def make_pairs(task: PairsTask, inputs: Mapping[str, Artifact], workplace: Workp
     images = {record.id: record.images for record in read_records(inputs["items"] / UNLABELED)}
     pools = [pool for name, pool in inputs.items() if name.startswith("pool")]
     options = low_scored(curated) if task.rejected == "low_score" else _by_sample(pools)
-    kept = [row for row in read_jsonl(curated / "curated.jsonl") if row["kept"]]
+    trains = {record.id for record in read_records(curated / "self.parquet")}
+    kept = [row for row in read_jsonl(curated / "curated.jsonl") if row["kept"]
+            and all(record.id in trains for record in training_rows(row, images[row["id"]]))]  # fmt: skip
     found = [(row, text) for row in kept if (text := rejected_for(row, options.get(row["id"], ()), task.curation))]
     write_records(workplace.directory / CHOSEN, [_record(row, row["chosen"], images) for row, _ in found])
     write_records(workplace.directory / REJECTED, [_record(row, text, images) for row, text in found])

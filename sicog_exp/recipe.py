@@ -698,6 +698,9 @@ class Recipe:
         low_score = self.self_data and self.preference.steps > 0 and self.preference.rejected == "low_score"
         _require(several or not low_score, "preference.rejected=low_score needs two candidates of one kind: set "
                  "sampling.cod or sampling.cot to 2 or more, or preference.rejected=corrupted")  # fmt: skip
+        _require(not self.is_upper_bound or self.preference.steps == 0, f"curation.select={self.curation.select}, "
+                 f"preference.steps={self.preference.steps}: pairs are chosen without the truth; set "
+                 "preference.steps=0, or curation.select=best")  # fmt: skip
 
     def _check_ranks(self) -> None:
         """That every device gets as many rows of a step, and a stage nothing that shards cannot hold."""

@@ -22,7 +22,7 @@ from sicog_exp.curation.files import curate_file
 from sicog_exp.curation.filters import parse
 from sicog_exp.curation.items import ROW_KINDS, Group, group_of
 from sicog_exp.curation.oracle import upper_bound
-from sicog_exp.curation.scorers import weights_of
+from sicog_exp.curation.scorers import compared_by
 from sicog_exp.data.readers import words_of
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.pool_index import PoolIndex
@@ -90,7 +90,7 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     requests = requests_for(task, items_of(inputs), inputs["data"].path)
     sampling = task.sampling
     decoding = Decoding(sampling.temperature, sampling.top_p, sampling.max_new_tokens, task.seed, sampling.batch_size)
-    with open_engine(inputs["generator"].path, task.model, task.engine) as opened:
+    with open_engine(inputs["generator"].path, task.model, task.engine, task.max_pixels) as opened:
         facts = generate_pool(opened.engine, requests, decoding, workplace.scratch,
                               workplace.directory / "candidates.jsonl", workplace.progress)  # fmt: skip
     workplace.device = opened.device
@@ -175,13 +175,32 @@ def compared_texts(pool: Path) -> Iterator[str]:
             yield final
 
 
+class _Clock:
+    """Seconds of a step with those of its killed attempts, which scratch keeps up to each one's last progress."""
+
+    def __init__(self, workplace: Workplace) -> None:
+        self._file, self._told = workplace.scratch / "seconds", workplace.progress
+        self._earlier = float(self._file.read_text() or 0) if self._file.exists() else 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._earlier + time.perf_counter() - self._started
+
+    def progress(self, done: int, total: int) -> None:
+        """Keep the time, then tell who watches."""
+        self._file.write_text(str(self.seconds))
+        if self._told:
+            self._told(done, total)
+
+
 def embed(task: EmbeddingTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Embed a pool's compared texts, once for every curation of it."""
-    started = time.perf_counter()
+    clock = _Clock(workplace)
     with embedded_by(task) as spread:
         texts = embed_texts(lambda: compared_texts(inputs["pool"].path), task.encoder, workplace.directory,
-                            workplace.scratch, workplace.progress, spread)  # fmt: skip
-    workplace.add(samples=texts, model_seconds=time.perf_counter() - started)
+                            workplace.scratch, clock.progress, spread)  # fmt: skip
+    workplace.add(samples=texts, model_seconds=clock.seconds)
     workplace.add(**encoder_work(compared_texts(inputs["pool"].path), task.encoder))
 
 
@@ -206,7 +225,7 @@ def embeddings(config: CurationConfig, pools: Sequence[Artifact], run: Callable[
     """The embeddings of the pools' texts, where a model compares them; `run` makes or reads each."""
     if config.encoder == "lexical":
         return {}
-    groups = {group for group in GROUPS if "similarity" in weights_of(config, group)}
+    groups = {group for group in GROUPS if "similarity" in compared_by(config, group)}
     compared = [pool for pool in pools if pool.name.rpartition("-")[2] in groups]
     workers = replace(engine or EngineConfig(), kind="transformers", server=None, max_length=None)
     task = EmbeddingTask(config.encoder, encoder_state(config.encoder), workers)

@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from runs import REPOSITORY
 
 from sicog_exp.cli import main
@@ -310,3 +311,22 @@ def test_rows_that_cannot_be_used_stop_a_run_and_are_listed(
     assert re.search(r"good\.jsonl: 1 of 1 rows are unusable .* row 1 \(1\): .*conversations", message, re.DOTALL)
     message = said(f"{OWN} data.annotated=empty.jsonl data.unlabeled=nothing", capsys)
     assert "empty.jsonl: holds no rows or images; name a file or folder that does" in message
+
+
+def test_overrides_alone_change_the_default_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sicog_exp.studies import sweep
+
+    read: list[int] = []
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sweep, "run_sweep", lambda study, console: read.append(study.trials))
+    assert main(["sweep", "trials=20"]) == 0
+    assert read == [20]
+
+
+def test_a_root_may_be_named_by_a_number(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2024").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "2024" / "a.png")
+    turns = [{"from": "human", "value": "<image>\nWhat color?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "1", "image": "a.png", "conversations": turns}) + "\n")
+    assert main(["data", "check", "rows.jsonl", "--root", "2024"]) == 0

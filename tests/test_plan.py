@@ -197,6 +197,17 @@ def test_a_user_s_files_are_counted_as_they_are(files: Path) -> None:
     assert [step.step for step in planned(own(files)).steps if step.step.startswith("generate")] == ["generate-caption"]
 
 
+def test_rows_that_training_sets_aside_stop_no_plan(files: Path) -> None:
+    recipe = own(files)
+    shape, encoder = p.base_of(recipe)
+    assert encoder
+    refusing = "{% if 'blue cat' in messages|string %}{{ raise_exception('no cats') }}{% endif %}"
+    encoder.processor.chat_template = refusing + encoder.processor.chat_template
+    found = read_contents(recipe, Ruler(encoder, shape.image_tokens, recipe.data.max_pixels), shape.image_tokens)
+    assert sum(rows.count for rows in found.annotated.values()) == pytest.approx(8 * 0.6)
+    assert found.annotated["direct"].image == 9
+
+
 def test_data_that_are_not_at_hand_are_assumed_and_said_so(tmp_path: Path) -> None:
     recipe = own(tmp_path, annotated_images=100, unlabeled_images=50, questions_per_image=3)
     plan = planned(recipe)

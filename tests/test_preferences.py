@@ -11,7 +11,7 @@ import pytest
 from runs import outputs
 from test_selfdata import candidate, pool, unlabeled
 
-from sicog_exp import loop
+from sicog_exp import loop, preferences
 from sicog_exp.planning.plan import expected_work, make_plan, pricing
 from sicog_exp.preferences import (
     CorruptTask,
@@ -24,7 +24,7 @@ from sicog_exp.preferences import (
     rejected_for,
 )
 from sicog_exp.prompts import prompt, structured
-from sicog_exp.recipe import CurationConfig, Recipe, load
+from sicog_exp.recipe import CurationConfig, Recipe, RecipeError, load
 from sicog_exp.records import read_jsonl, read_records, write_records
 from sicog_exp.selfdata import CurationTask, curate
 from sicog_exp.store import Artifact, Step, Store, Workplace
@@ -155,6 +155,48 @@ def test_corrupted_items_are_the_kept_ones_with_images_of_their_own(
         original = world_images[0].parent / f"{record.id[1]}.png"
         assert (workplace.directory / name).read_bytes() == (again.directory / name).read_bytes()
         assert (workplace.directory / name).read_bytes() != original.read_bytes()
+
+
+@pytest.mark.parametrize("select", ["oracle", "truth"])
+def test_an_upper_bound_has_no_pairs(select: str) -> None:
+    with pytest.raises(RecipeError, match=rf"curation\.select={select}, preference\.steps=8: pairs are chosen without"):
+        load("tests/tiny.yaml", [*PREFERENCE, f"curation.select={select}"])
+    assert load("tests/tiny.yaml", [*PREFERENCE, f"curation.select={select}", "self_data=false"])
+
+
+# What repeats a benchmark.
+
+
+def test_pairs_are_made_of_rows_that_train(curated: tuple[Artifact, Artifact], tmp_path: Path) -> None:
+    """Those that repeat a benchmark's text are no rows any more, and one of an item's is enough."""
+    items, whole = curated
+    clean = tmp_path / "clean"
+    shutil.copytree(whole.path, clean)
+    rows = read_records(clean / "self.parquet")
+    assert {"u0:cot", "u0:direct"} <= {record.id for record in rows}
+    write_records(clean / "self.parquet", [record for record in rows if record.id != "u0:direct"])
+    workplace = place(tmp_path / "pairs")
+    make_pairs(PairsTask(LENIENT, "low_score"), {"items": items, "curated": artifact(clean)}, workplace)
+    assert workplace.facts == {"samples": 2, "pairs": 0}
+
+
+def test_pairs_that_repeat_a_benchmark_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Stopped(Exception):
+        """Before any model is needed."""
+
+    def cleaned(recipe: Recipe, curated: Artifact, checked: Artifact, run: Any) -> Artifact:
+        asked.extend((curated.name, checked.name))
+        raise Stopped
+
+    names = {name: Artifact(tmp_path, {"step": name, "fingerprint": name}, True) for name in ("data", "contamination")}
+    monkeypatch.setattr(preferences, "without_repeated_texts", cleaned)
+    monkeypatch.setattr(preferences, "sample_pools", lambda *_: {})
+    with pytest.raises(Stopped):
+        preferences.preference_tuned(load("tests/tiny.yaml", PREFERENCE), {}, names["data"], names["contamination"], 0,
+                                     lambda step: Artifact(tmp_path, {"step": step.name, "fingerprint": ""}, True))
+    assert asked == ["preference-curate", "contamination"]
 
 
 # A whole iteration.

@@ -7,24 +7,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hashed import hashed
 
+from sicog_exp.curation import embeddings as embeddings_module
+from sicog_exp.generation.transformers_engine import TransformersEngine
+from sicog_exp.loop import EvaluationTask, run_evaluation
 from sicog_exp.prompts import prompt, question_of, structured
-from sicog_exp.recipe import CurationConfig, ModelConfig, Recipe, RecipeError, SamplingConfig, StageConfig
+from sicog_exp.recipe import (
+    CurationConfig,
+    EvaluationConfig,
+    ModelConfig,
+    Recipe,
+    RecipeError,
+    SamplingConfig,
+    StageConfig,
+)
 from sicog_exp.records import Record, conversation, read_jsonl, read_records, write_jsonl, write_records
 from sicog_exp.selfdata import (
     GROUPS,
     CurationTask,
+    EmbeddingTask,
     PoolTask,
     SelfDataModule,
     check_truth,
     curate,
+    embed,
+    embeddings,
+    generate,
     pool_rows,
     requests_for,
     training_rows,
 )
-from sicog_exp.store import Artifact, Store, Workplace
+from sicog_exp.store import Artifact, Step, Store, Workplace
 from sicog_exp.training.stages import WEIGHTS, TrainingTask
 
+UNPATCHED = TransformersEngine.from_recipe
 COT = structured("cot", ("find color", "red dog", "dog red", "red"))
 
 
@@ -238,3 +255,49 @@ def test_questions_are_found_again_in_their_prompts() -> None:
     record = unlabeled(5)
     words = record.messages[0].content.removeprefix("<image>\n")
     assert question_of("cot", words) == "What color is thing 5?"
+
+
+@pytest.mark.parametrize(("scorer", "embedded"), [("similarity", True), ("cross_format", True), ("likelihood", False)])
+def test_captions_are_embedded_where_any_scorer_compares_them(scorer: Any, embedded: bool, tmp_path: Path) -> None:
+    made = Artifact(tmp_path / "generate-caption", {"fingerprint": "f", "step": "generate-caption"}, True)
+    config = CurationConfig(encoder="minilm", caption_scorer=scorer)
+    steps: list[Step] = []
+    found = embeddings(config, [made], lambda step: steps.append(step) or made)
+    assert [step.name for step in steps] == ["embed"] * embedded
+    assert len(found) == embedded
+
+
+def test_a_picture_of_any_allowed_size_is_sampled_and_scored(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data.max_pixels` reaches the engine of a pool and of an evaluation."""
+
+    class Stopped(Exception):
+        """Once the engine is made."""
+
+    given: list[int] = []
+
+    def made(cls: Any, path: Path, config: ModelConfig, max_pixels: int = 0) -> Any:
+        given.append(max_pixels)
+        raise Stopped
+
+    monkeypatch.setattr(TransformersEngine, "from_recipe", classmethod(made))
+    model = Artifact(tiny_model, {"fingerprint": "m"}, True)
+    place = Workplace(tiny_model, tiny_model)
+    with pytest.raises(Stopped):
+        generate(replace(task(), max_pixels=77), {"generator": model, "data": model}, place)
+    scoring = EvaluationTask(EvaluationConfig(), ModelConfig(), {}, 78)
+    with pytest.raises(Stopped):
+        run_evaluation(scoring, {"model": model, "data": model}, place)
+    assert given == [77, 78]
+    engine = UNPATCHED(tiny_model, ModelConfig(device="cpu"), 79)
+    assert engine._max_pixels == 79
+
+
+def test_seconds_of_killed_attempts_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed embedding left 50 seconds behind it."""
+    (tmp_path / "seconds").write_text("50")
+    monkeypatch.setattr(embeddings_module, "embedder", lambda name: hashed)
+    sampled = pool(tmp_path / "p", [candidate("u1", "dd", "a dog")])
+    place = Workplace(tmp_path, tmp_path)
+    embed(EmbeddingTask("minilm", ""), {"pool": sampled}, place)
+    assert 50 < place.facts["model_seconds"] < 100
+    assert float((tmp_path / "seconds").read_text()) > 50

@@ -31,6 +31,7 @@ from sicog_exp.curation.items import GROUPS, Group, Item, Response, group_of
 from sicog_exp.curation.selection import BELOW_THRESHOLD, DIRECT_DISAGREEMENT, NO_DIRECT_ANSWER
 from sicog_exp.curation.similarity import Encoder, lexical_similarity, words_of
 from sicog_exp.prompts import normalize_answer
+from sicog_exp.recipe import UPPER_BOUNDS
 from sicog_exp.records import read_jsonl
 
 Bounds = Callable[[Sequence[float], Sequence[str]], tuple[float, float]]
@@ -231,8 +232,11 @@ class Calibration:
 
 def read_pools(curated: Path, truths: Mapping[str, Truth], candidates: Path | None = None) -> dict[Group, Pool]:
     """The groups of a curation folder. Without `candidates`, the file that was curated, what needs the candidates that
-    were not chosen stays unknown. Raises CurationError for a file that cannot be read."""
+    were not chosen stays unknown. No group where the truth chose, since no threshold did. Raises CurationError for a
+    file that cannot be read."""
     summary = json.loads((curated / "summary.json").read_text(encoding="utf-8"))
+    if summary["config"]["select"] in UPPER_BOUNDS:
+        return {}
     items = {item.id: item for item in read_items(candidates)} if candidates else {}
     scores = _scores(curated)
     rows: dict[Group, list[dict[str, Any]]] = {group: [] for group in GROUPS}
@@ -257,7 +261,8 @@ def _pool(group: Group, rows: Sequence[dict[str, Any]], items: Mapping[str, Item
     chosen = [row for row in rows if row["chosen"] is not None and row["score"] is not None]
     judged = tuple(_judged(group, row, _valid(items.get(row["id"]), scores[row["id"]]), len(scores[row["id"]]),
                            truths.get(row["id"]), config) for row in chosen)  # fmt: skip
-    encoded = group == "caption" or config["reasoning_scorer"] == "similarity"
+    # Another encoder's scores are comparable with those of an encoder alone.
+    encoded = config[f"{group}_scorer"] == "similarity" and not config.get(f"{group}_blend")
     return Pool(
         group, summary["encoder"] if encoded else "", len(rows), judged,
         threshold=float(summary["thresholds"][group]) if asked else None,

@@ -121,10 +121,6 @@ class Diagnosis:
         return _precision(choice for choice in self.choices if choice.kept)
 
     @property
-    def recall_kept(self) -> float | None:
-        return _mean(choice.quality.recall for choice in self.choices if choice.kept and choice.quality)
-
-    @property
     def precision_by_family(self) -> dict[str, float]:
         """Quality of the kept items of each question family."""
         families: dict[str, list[Choice]] = defaultdict(list)

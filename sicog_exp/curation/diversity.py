@@ -24,6 +24,7 @@ from sicog_exp.curation.consistency import seeded_index
 from sicog_exp.curation.curate import GROUPS, Group, group_of
 from sicog_exp.curation.diagnosis import final_of, read_truth
 from sicog_exp.curation.filters import BROKEN_FORMAT, DUPLICATE, EMPTY, NEAR_DUPLICATE, TRUNCATED
+from sicog_exp.curation.selection import UNUSED
 from sicog_exp.curation.similarity import Encoder, LexicalEncoder, build_encoder, words_of
 from sicog_exp.prompts import STEPS, normalize_answer, steps_of
 from sicog_exp.records import read_jsonl
@@ -64,7 +65,8 @@ class Diversity:
     embedding_spread: float | None
     """1 - mean cosine of the sample's pairs, where curation uses an embedding encoder."""
     format_valid: float | None
-    """Share of candidates not set aside as cut, empty or with broken steps; 1 without `curation.require_format`."""
+    """Share of candidates not set aside as cut, empty or with broken steps; 1 without `curation.require_format`. Those
+    that `curation.candidates` left unused were not looked at."""
     duplicates: float | None
     """Share of the otherwise kept items that were dropped as exact or near duplicates."""
 
@@ -86,6 +88,7 @@ def measure(group: Group, verdicts: Sequence[Mapping[str, Any]], reasons: Sequen
     words = [words_of(text) for text in texts]
     dropped = sum(row["reason"] in REPEATED for row in verdicts)
     sample = texts[:SAMPLE]
+    looked_at = [reason for reason in reasons if reason != UNUSED]
     return Diversity(
         kept=len(kept),
         mean_words=fmean(map(len, words)) if words else None,
@@ -95,7 +98,7 @@ def measure(group: Group, verdicts: Sequence[Mapping[str, Any]], reasons: Sequen
         answer_entropy=family_entropy(_answers(kept, families or {})) if group == "reasoning" else None,
         pairwise_similarity=_mean_of_pairs(LexicalEncoder(), sample),
         embedding_spread=None if encoder == "lexical" else _spread(encoder, sample),
-        format_valid=1 - sum(r in FORMAT_REASONS for r in reasons) / len(reasons) if reasons else None,
+        format_valid=1 - sum(r in FORMAT_REASONS for r in looked_at) / len(looked_at) if looked_at else None,
         duplicates=dropped / (dropped + len(kept)) if dropped + len(kept) else None,
     )
 

@@ -118,7 +118,7 @@ class _Outputs:
             self._temporary(name).unlink(missing_ok=True)
 
     def _temporary(self, name: str) -> Path:
-        return self._folder / f".{name}.{os.getpid()}.tmp"
+        return self._folder / f".{name}.part"  # one name, so that a killed run leaves nothing behind for good
 
     def publish(self, summary: dict[str, Any]) -> None:
         """Make all files visible, the summary last: where it is new, the others are."""

@@ -38,6 +38,14 @@ def weights_of(config: CurationConfig, group: Group) -> dict[str, float]:
     return {main: 1.0, **others}
 
 
+def compared_by(config: CurationConfig, group: Group) -> tuple[str, ...]:
+    """The similarity matrices that a group's scorers read: `similarity` is by `curation.encoder`."""
+    names = set(weights_of(config, group))
+    if group == "caption" and "cross_format" in names:
+        names.add("similarity")
+    return tuple(name for name in ("similarity", "lexical") if name in names)
+
+
 def asks_for_listings(config: CurationConfig) -> bool:
     """Whether a scorer needs the listings of all items of an image."""
     return any("listing" in weights_of(config, group) for group in GROUPS)
@@ -50,14 +58,7 @@ class Scorers:
         self._include_self, self._listings = config.include_self, listings
         self._weights = {group: weights_of(config, group) for group in GROUPS}
         self._encoders = {"similarity": encoder, "lexical": encoder if encoder.name == "lexical" else LexicalEncoder()}
-        self._compares = {group: self._compared(group) for group in GROUPS}
-
-    def _compared(self, group: Group) -> tuple[str, ...]:
-        """The similarity matrices that the group's scorers read."""
-        names = set(self._weights[group])
-        if group == "caption" and "cross_format" in names:
-            names.add("similarity")
-        return tuple(name for name in self._encoders if name in names)
+        self._compares = {group: compared_by(config, group) for group in GROUPS}
 
     def scores(self, batch: Sequence[Examined]) -> Iterator[Scores]:
         """Scores of each entry's valid candidates. Texts are encoded only for items that are compared by them."""

@@ -176,7 +176,13 @@ class ChatEncoder:
         return text[: text.rindex(end) + len(end)] if end in text else text.rstrip()
 
     def _render(self, messages: Sequence[Message], generation: bool) -> str:
-        return self.processor.apply_chat_template(to_chat(messages), add_generation_prompt=generation, tokenize=False)
+        from jinja2.exceptions import TemplateError
+
+        chat = to_chat(messages)
+        try:
+            return self.processor.apply_chat_template(chat, add_generation_prompt=generation, tokenize=False)
+        except TemplateError as error:  # a system message, say, that the model does not know
+            raise ChatError(str(error)) from None
 
     def _expand(self, texts: Sequence[str], image_inputs: ImageInputs | None) -> list[str]:
         """Each image placeholder becomes what the model expects there, counted over all texts."""

@@ -265,7 +265,7 @@ class TokenCounter:
     def _count(self, record: Record, sizes: Any) -> None:
         try:
             tokens, trained = self._tokens(record, sizes)
-        except (ChatError, _template_error()) as error:
+        except ChatError as error:
             self.lengths.refused[str(error)] += 1
             return
         self.lengths.of.append(tokens)
@@ -276,7 +276,7 @@ class TokenCounter:
         try:
             if self._tokens(record, sizes)[0] <= self.lengths.max_length:
                 return
-        except (ChatError, _template_error()):
+        except ChatError:
             return  # counted as refused, not as long
         try:
             if record.response is not None:
@@ -286,13 +286,6 @@ class TokenCounter:
         except ChatError:
             pass
         self.lengths.too_long.append(record.id)
-
-
-def _template_error() -> type[Exception]:
-    """What chat templates raise for rows that their model does not know, a system message for example."""
-    from jinja2.exceptions import TemplateError
-
-    return TemplateError
 
 
 def quantiles(counts: Sequence[int], shares: Sequence[float]) -> list[int]:
@@ -331,7 +324,7 @@ def _show(look: Look, root: Path, encoder: ChatEncoder, options: Options) -> Sho
         else:
             example = encoder.example(record.messages, inputs, ENDLESS)
             ids, labels = example.input_ids, example.labels
-    except (ImageError, ChatError, _template_error()) as error:
+    except (ImageError, ChatError) as error:
         return Shown(record, (), 0, (), str(error))
     for picture in pictures:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))

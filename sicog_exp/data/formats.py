@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
@@ -472,6 +472,7 @@ def _shard_images(key: str, row: dict[str, Any], images: list[_Member]) -> dict[
 
     Where json names them, the names decide about their order; one name for one member needs no match.
     """
+    _check_parts(key, row)
     values = [row[name] for name in ("images", "image") if row.get(name) is not None]
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     if len(names) > 1 or (names and len(images) != 1):
@@ -482,6 +483,19 @@ def _shard_images(key: str, row: dict[str, Any], images: list[_Member]) -> dict[
                          "put the image into the shard beside the json")  # fmt: skip
         return {"image": None, "images": [known[name] for name in names]}
     return {"image": None, "images": [member.content for member in images]}
+
+
+def _check_parts(key: str, row: dict[str, Any]) -> None:
+    """Raise BadRow where a part of a turn brings an image of its own: it would be a file beside the shard."""
+    lists = [value for value in row.values() if isinstance(value, list)]
+    turns: list[Iterable[Any]] = [turn.values() for turns in lists for turn in turns if isinstance(turn, dict)]
+    turns += [column for value in row.values() if isinstance(value, dict) for column in value.values()
+              if isinstance(column, list)]  # fmt: skip
+    for part in (part for turn in turns for content in turn if isinstance(content, list) for part in content):
+        shown = isinstance(part, dict) and part.get("type") in ("image", "image_url")
+        if shown and any(part.get(name) is not None for name in ("image", "path", "url", "image_url", "bytes")):
+            raise BadRow("image", f"{key}.json names an image in a part of a turn: {part!r:.80}", "put the image into "
+                         "the shard beside the json, and write {\"type\": \"image\"} where it stands")  # fmt: skip
 
 
 def _names_of(key: str, member: _Member) -> Iterator[str]:

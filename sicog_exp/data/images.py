@@ -79,11 +79,6 @@ def open_bytes(content: bytes, max_pixels: int) -> Image:
     return _decode(io.BytesIO(content), EMBEDDED, max_pixels)[0]
 
 
-def check_image(root: Path, name: str, max_pixels: int) -> tuple[int, int]:
-    """Width and height, after decoding the whole image. Raises ImageError as `open_image` does."""
-    return open_image(root, name, max_pixels).size
-
-
 def pixel_hash(image: Image) -> str:
     """sha256 of an RGB image's decoded pixels: equal for equal pictures, whatever their file."""
     return hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).hexdigest()

@@ -86,7 +86,7 @@ def _size(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 class RecordSource:
-    """Records as rows; a conversation too long for the model is set aside and counted in `too_long`.
+    """Records as rows; a conversation too long for the model, or refused by its template, is set aside, in `too_long`.
 
     `weights` (by record id): how often each row is drawn, relative to the others; None: all alike.
     """

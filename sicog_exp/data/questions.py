@@ -15,7 +15,6 @@ import numpy as np
 from sicog_exp.data.scenes import CATEGORIES, CATEGORY_OF, NAMES, PLACES, Scene, Thing
 from sicog_exp.prompts import structured
 
-FAMILIES = ("naming", "existence", "attribute", "counting", "comparison", "relation", "category")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "middle", "right")
 

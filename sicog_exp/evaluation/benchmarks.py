@@ -121,16 +121,6 @@ def read_samples(out: Path) -> list[Sample]:
     return [Sample(**row) for row in read_jsonl(out / SAMPLES)]
 
 
-def read_scores(out: Path) -> Scores:
-    """The scores of a finished evaluation."""
-    values = json.loads((out / SCORES).read_text(encoding="utf-8"))
-    tasks = {
-        name: TaskScore(**{**row, "families": {f: FamilyScore(**score) for f, score in row["families"].items()}})
-        for name, row in values.pop("tasks").items()
-    }
-    return Scores(tasks=tasks, **values)
-
-
 # Running the harness.
 
 

@@ -94,7 +94,18 @@ def _declared(folder: Path, data: TaskData) -> list[Path]:
     fitting = [one for one in configs if one.get("config_name") == (data.config or "default")]
     chosen = fitting or (configs if len(configs) == 1 and not data.config else [])
     patterns = [pattern for one in chosen for pattern in _patterns(one.get("data_files"), data.split)]
-    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    return sorted({file for pattern in patterns for file in _matching(folder, pattern)})
+
+
+def _matching(folder: Path, pattern: Any) -> list[Path]:
+    """A README is as foreign as the data: it names nothing outside of its folder. Raises BenchmarkError."""
+    try:
+        if ".." not in Path(pattern).parts:
+            return list(folder.glob(pattern))
+    except (TypeError, ValueError, NotImplementedError):
+        pass
+    raise BenchmarkError(f"{folder / 'README.md'}: its configs name {pattern!r}, which is no pattern of files in that "
+                         "folder; correct it there, or download the data set again")  # fmt: skip
 
 
 def _patterns(declared: Any, split: str) -> Iterator[str]:

@@ -77,11 +77,6 @@ def find_task(name: str, folders: Sequence[Path] = ()) -> Path:
     raise StockError(f"unknown task {name}: none of lmms-eval's own{where}")
 
 
-def is_stock(file: Path) -> bool:
-    """Is it one of lmms-eval's own?"""
-    return file.is_relative_to(stock_folder())
-
-
 def read_task(file: Path) -> dict[str, Any]:
     """A task file with what it includes, as lmms-eval merges them; functions are their names. Raises StockError."""
     try:

@@ -15,7 +15,6 @@ from sicog_exp.records import Candidate
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = 50_000_000
 SEED_BITS = 31
 """What every server takes for a seed."""
 

@@ -14,6 +14,9 @@ from typing import Protocol
 from sicog_exp.prompts import Kind
 from sicog_exp.records import Candidate, Message
 
+MAX_PIXELS = 50_000_000
+"""Of an image, where a recipe says nothing else."""
+
 
 @dataclass(frozen=True)
 class Request:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from sicog_exp.generation.engine import MAX_PIXELS
 from sicog_exp.generation.pool import PoolEngine
 from sicog_exp.models.loading import Work, image_tokens_of, work_of
 from sicog_exp.recipe import EngineConfig, ModelConfig
@@ -29,9 +30,10 @@ class OpenEngine:
 
 
 @contextmanager
-def open_engine(folder: Path, model: ModelConfig, config: EngineConfig) -> Iterator[OpenEngine]:
+def open_engine(folder: Path, model: ModelConfig, config: EngineConfig,
+                max_pixels: int = MAX_PIXELS) -> Iterator[OpenEngine]:  # fmt: skip
     """The engine over a generation's model in `folder`, as the recipe says; what it holds is let go at the end."""
-    opened = _opened(folder, model, config)
+    opened = _opened(folder, model, config, max_pixels)
     try:
         yield opened
     finally:
@@ -40,29 +42,30 @@ def open_engine(folder: Path, model: ModelConfig, config: EngineConfig) -> Itera
             close()
 
 
-def _opened(folder: Path, model: ModelConfig, config: EngineConfig) -> OpenEngine:
+def _opened(folder: Path, model: ModelConfig, config: EngineConfig, max_pixels: int) -> OpenEngine:
     if config.workers:
-        return _on_ray(folder, model, config)
-    engine, work = make_engine(folder, model, config)
+        return _on_ray(folder, model, config, max_pixels)
+    engine, work = make_engine(folder, model, config, max_pixels)
     return OpenEngine(engine, work, config.server or model.device_name)
 
 
-def make_engine(folder: Path, model: ModelConfig, config: EngineConfig) -> tuple[PoolEngine, Work]:
+def make_engine(folder: Path, model: ModelConfig, config: EngineConfig,
+                max_pixels: int = MAX_PIXELS) -> tuple[PoolEngine, Work]:  # fmt: skip
     """The engine in this process, and what its model costs."""
     if config.kind == "transformers":
         from sicog_exp.generation.transformers_engine import TransformersEngine
 
-        engine = TransformersEngine.from_recipe(folder, model)
+        engine = TransformersEngine.from_recipe(folder, model, max_pixels)
         return engine, work_of(engine.model)
     work = _work_of(folder, model)
     if config.kind == "vllm":
         from sicog_exp.generation.vllm_engine import VllmEngine
 
-        return VllmEngine.from_recipe(folder, model, config), work
-    return _client(folder, model, config), work
+        return VllmEngine.from_recipe(folder, model, config, max_pixels), work
+    return _client(folder, model, config, max_pixels), work
 
 
-def _client(folder: Path, model: ModelConfig, config: EngineConfig) -> PoolEngine:
+def _client(folder: Path, model: ModelConfig, config: EngineConfig, max_pixels: int) -> PoolEngine:
     """A client of the server, which must serve this generation."""
     from transformers import AutoConfig
 
@@ -71,7 +74,7 @@ def _client(folder: Path, model: ModelConfig, config: EngineConfig) -> PoolEngin
     assert config.server
     name = served(config.server, folder, config.wait)
     shape = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    return OpenAIEngine(config.server, name, config.in_flight, image_tokens_of(shape) or 0)
+    return OpenAIEngine(config.server, name, config.in_flight, image_tokens_of(shape) or 0, max_pixels)
 
 
 def _work_of(folder: Path, model: ModelConfig) -> Work:
@@ -81,14 +84,14 @@ def _work_of(folder: Path, model: ModelConfig) -> Work:
     return read_shape(str(folder), model.trust_remote_code).work
 
 
-def _on_ray(folder: Path, model: ModelConfig, config: EngineConfig) -> OpenEngine:
+def _on_ray(folder: Path, model: ModelConfig, config: EngineConfig, max_pixels: int) -> OpenEngine:
     from sicog_exp.generation.ray_engine import RayEngine
 
     gpus = config.worker_gpus
     if gpus is None:
         gpus = 1.0 if model.torch_device == "cuda" else 0.0
     # a worker computes one batch at a time, for which one core is fastest (benchmarks/2026-11-24-cores.md)
-    make = partial(make_engine, folder.resolve(), replace(model, threads=1), replace(config, workers=0))
+    make = partial(make_engine, folder.resolve(), replace(model, threads=1), replace(config, workers=0), max_pixels)
     engine = RayEngine(make, config.workers, gpus=gpus, address=config.ray)
     each = f"{gpus:g} GPUs" if gpus else "a core"
     return OpenEngine(engine, engine.work, f"{config.workers} Ray workers with {each} each")

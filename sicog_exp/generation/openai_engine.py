@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from sicog_exp.data.chat import to_chat
-from sicog_exp.generation.batched import MAX_PIXELS, BatchedEngine, opened_images, request_seed, sampled_once
-from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
+from sicog_exp.generation.batched import BatchedEngine, opened_images, request_seed, sampled_once
+from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Request, Sampled, candidate_seed
 from sicog_exp.generation.requests import EngineError, keys_of
 from sicog_exp.records import Candidate
 

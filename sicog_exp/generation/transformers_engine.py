@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from sicog_exp.data.chat import ChatEncoder, ImageInputs, join_images, to_chat
 from sicog_exp.data.images import ImageError, open_image
 from sicog_exp.generation.decoder import Decoder, Drawn, GrowingSteps, Prompts, joined, noise
-from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
+from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Request, Sampled, candidate_seed
 from sicog_exp.generation.fixed import FixedSteps, fixed_problem
 from sicog_exp.generation.memory import Halving
 from sicog_exp.generation.requests import EngineError, check_decoding, check_requests, cut, keys_of
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from sicog_exp.recipe import ModelConfig
 
-MAX_PIXELS = 50_000_000
 SMALLER = "lower sampling.max_new_tokens or model.image_pixels, set model.precision=bf16-true, or take a smaller model"
 LIKELIHOOD_BATCH = 32
 """Sequences per forward pass of `log_likelihood`."""
@@ -123,10 +122,10 @@ class TransformersEngine:
         return cls(model, processor, device, max_pixels, threads)
 
     @classmethod
-    def from_recipe(cls, path: str | Path, config: ModelConfig) -> TransformersEngine:
+    def from_recipe(cls, path: str | Path, config: ModelConfig, max_pixels: int = MAX_PIXELS) -> TransformersEngine:
         """A generation's model, loaded as the recipe says. Raises ModelError."""
         model, processor = load_model(ModelSource.of(path, config), config.generation_dtype)
-        return cls(model, processor, config.torch_device, threads=config.threads, static_cache=config.static_cache)
+        return cls(model, processor, config.torch_device, max_pixels, config.threads, config.static_cache)
 
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
         """The batches of `sample`, in order: every request once, of like prompt length."""

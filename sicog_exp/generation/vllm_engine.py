@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sicog_exp.data.chat import ChatEncoder, ImageInputs
-from sicog_exp.generation.batched import MAX_PIXELS, BatchedEngine, opened_images, request_seed, sampled_once
-from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
+from sicog_exp.generation.batched import BatchedEngine, opened_images, request_seed, sampled_once
+from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Request, Sampled, candidate_seed
 from sicog_exp.generation.requests import EngineError, keys_of
 from sicog_exp.models.loading import ModelSource, load_processor
 from sicog_exp.models.vllm_names import vllm_folder
@@ -63,9 +63,11 @@ class VllmEngine(BatchedEngine):
         return engine
 
     @classmethod
-    def from_recipe(cls, path: str | Path, model: ModelConfig, engine: EngineConfig) -> VllmEngine:
+    def from_recipe(cls, path: str | Path, model: ModelConfig, engine: EngineConfig,
+                    max_pixels: int = MAX_PIXELS) -> VllmEngine:  # fmt: skip
         """A generation's model, loaded as the recipe says. Raises EngineError."""
-        return cls.from_path(path, model.generation_dtype, model.trust_remote_code, engine.memory, engine.max_length)
+        return cls.from_path(path, model.generation_dtype, model.trust_remote_code, engine.memory, engine.max_length,
+                             max_pixels)  # fmt: skip
 
     def close(self) -> None:
         """End vllm's own process, which holds the weights, so that training finds the GPU free."""

@@ -11,7 +11,7 @@ from sicog_exp.models.resolution import ResolutionError, cap_pixels
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from sicog_exp.recipe import ModelConfig
 
@@ -73,24 +73,31 @@ def load_model(source: ModelSource, dtype: str = "float32", **more: Any) -> tupl
                          "folder with config.json, safetensors weights and a processor, or a reachable hub "
                          "name") from error  # fmt: skip
     _check_whole(source.path, processor, loaded)
+    _cap(source, model.config, processor)
+    return model.eval(), processor
+
+
+def _cap(source: ModelSource, config: PretrainedConfig, processor: Any) -> None:
     if source.image_pixels:
         try:
-            cap_pixels(model, processor, source.image_pixels)
+            cap_pixels(config, processor, source.image_pixels)
         except ResolutionError as error:
             raise ModelError(f"model.image_pixels={source.image_pixels}: {error}") from None
-    return model.eval(), processor
 
 
 def load_processor(source: ModelSource) -> Any:
     """The processor alone, without weights. Raises ModelError."""
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
+    options = {"trust_remote_code": source.trust_remote_code}
     try:
-        processor = AutoProcessor.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+        processor = AutoProcessor.from_pretrained(source.path, **options)
+        config = AutoConfig.from_pretrained(source.path, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"{source.path}: transformers cannot load its processor ({error}). Give a folder with "
                          "config.json, a processor and a tokenizer, or a reachable hub name") from error  # fmt: skip
     _check_processor(source.path, processor)
+    _cap(source, config, processor)
     return processor
 
 

@@ -7,21 +7,21 @@ from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig
 
 
 class ResolutionError(ValueError):
     """A cap that a processor cannot keep; the message says which it can."""
 
 
-def cap_pixels(model: PreTrainedModel, processor: Any, pixels: int) -> None:
+def cap_pixels(config: PretrainedConfig, processor: Any, pixels: int) -> None:
     """Let the processor make at most `pixels` of an image, overview tiles not counted; a lower cap of its own stays.
 
     What is set is saved with the model. Raises ResolutionError where the processor has only larger sizes.
     """
     images = processor.image_processor
     if getattr(images, "image_grid_pinpoints", None):
-        _fewer_grids(model, images, pixels)
+        _fewer_grids(config, images, pixels)
     elif getattr(images, "max_image_size", None):
         _fewer_tiles_a_side(images, pixels)
     elif hasattr(images, "max_patches"):
@@ -45,13 +45,13 @@ def _require(pixels: int, least: int) -> None:
         raise ResolutionError(f"the least that this model's processor can show an image with is {least} pixels")
 
 
-def _fewer_grids(model: PreTrainedModel, images: Any, pixels: int) -> None:
+def _fewer_grids(config: PretrainedConfig, images: Any, pixels: int) -> None:
     """AnyRes (LLaVA-NeXT, LLaVA-OneVision): the processor and the model choose among the same grids."""
     grids = [list(grid) for grid in images.image_grid_pinpoints]
     _require(pixels, min(height * width for height, width in grids))
     kept = [grid for grid in grids if grid[0] * grid[1] <= pixels]
     images.image_grid_pinpoints = kept
-    model.config.image_grid_pinpoints = kept
+    config.image_grid_pinpoints = kept
 
 
 def _fewer_tiles_a_side(images: Any, pixels: int) -> None:

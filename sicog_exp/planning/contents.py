@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sicog_exp.data.chat import IGNORED, ChatEncoder
+from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError
 from sicog_exp.data.formats import BadRow, default_root, exists, found_rows, is_hub
 from sicog_exp.data.images import IMAGES, SUFFIXES, ImageError, ImageFolder, open_image
 from sicog_exp.data.readers import as_chat, holds_images, infer_kind, make_record, parse_row, words_of
@@ -159,9 +159,18 @@ def _measured(sample: _Sample, ruler: Ruler, image_tokens: int) -> Contents:
 
 def _rows(sample: _Sample, ruler: Ruler, split: str, kinds: Sequence[str]) -> Rows:
     records = [record for record in sample.records[split] if record.kind in kinds]
-    lengths = [ruler.of(record, sample.root) for record in records]
+    lengths = list(_lengths(records, ruler, sample.root))
     text, image = (mean(length[i] for length in lengths) for i in (0, 1))
     return Rows(sample.count(split, kinds), text, image, tuple(length[2] for length in lengths) or (0,))
+
+
+def _lengths(records: Iterable[Record], ruler: Ruler, root: Path) -> Iterator[tuple[int, int, int]]:
+    """Of the rows that training would take: it sets aside what the chat template refuses."""
+    for record in records:
+        try:
+            yield ruler.of(record, root)
+        except ChatError:
+            continue
 
 
 def _asked(sample: _Sample, ruler: Ruler, annotated: Mapping[Kind, Rows], image_tokens: int) -> dict[Kind, Rows]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sicog_exp import loop
-from sicog_exp.curation.scorers import weights_of
+from sicog_exp.curation.scorers import compared_by
 from sicog_exp.data.chat import ChatEncoder
 from sicog_exp.models.loading import ModelError, ModelSource, load_processor, resolve_base
 from sicog_exp.models.shapes import Shape, composed_shape, encoder_parameters, read_shape
@@ -395,7 +395,7 @@ class _Planner:
     def _embedding(self, g: int, sampled: Mapping[Group, PlannedStep]) -> Iterator[PlannedStep]:
         """Final texts: a plain caption's or answer's length each, all taken for different."""
         config, plain = self.recipe.curation, {"caption": "dd", "reasoning": "direct"}
-        groups = [group for group in sampled if "similarity" in weights_of(config, group)]
+        groups = [group for group in sampled if "similarity" in compared_by(config, group)]
         if config.encoder == "lexical":
             return
         for group in groups:

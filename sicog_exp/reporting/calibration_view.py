@@ -189,7 +189,7 @@ def proxies(found: Calibration) -> Iterator[str]:
 
 def _encoders(found: Calibration) -> str:
     if not found.encoder:
-        return "Encoders: none takes part, answers are compared as normalised words."
+        return "Encoders: nothing to compare, no encoder alone gave these scores."
     one = found.encoders
     if one is None:
         return (f"Encoders: {found.encoder} alone was asked; sicog curation RUN --encoder minilm compares another "

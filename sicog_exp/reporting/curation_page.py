@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 WRITTEN = ("curated.jsonl", "scores.jsonl", "summary.json")
 """What makes a folder one of curation's."""
+NO_THRESHOLD = "its candidates were chosen by the truth (an upper bound), so there is no threshold to move"
 SELF_DATA = "self-data"
 """Where a generation's run keeps it."""
 
@@ -83,6 +84,8 @@ def _of_folder(folder: Path, candidates: Path | None, truth: Path | None, encode
                           "folder of a step store")  # fmt: skip
     pool = candidates or (folder / "pool.jsonl" if (folder / "pool.jsonl").is_file() else None)
     groups = calibrated(folder, _truths(folder, truth), RESAMPLES, pool, encoder)
+    if not groups:
+        raise ReportError(f"{folder}: {NO_THRESHOLD}")
     return Found(folder.resolve().name, (Iteration("This pool", tuple(groups.values())),))
 
 
@@ -144,6 +147,8 @@ def _with_encoder(found: Calibration, drawn: Sequence[Drawn], second: str, inclu
 def _of_run(source: str, encoder: str) -> Found:
     client: MlflowClient = connect(TrackingConfig())
     data, run = read_run(client, source), find_run(client, source)
+    if data.upper_bound:
+        raise ReportError(f"{source}: {NO_THRESHOLD}")
     if not data.calibration:
         raise ReportError(_why_nothing(client, run, bool(data.curation)))
     made = []

@@ -34,7 +34,8 @@ OWN = ("name", "seed")
 """Recipe keys that the study sets for every run."""
 SHARED = ("store", "tracking.", "evaluation.", "data.source", "data.seed", "data.questions_per_image",
           "data.development", "data.benchmark", "data.holdout", "data.root")  # fmt: skip
-"""How the recipe keys begin that arms must have in common to be compared question by question."""
+"""How the recipe keys begin that arms must have in common to be compared question by question; all of `data.` where
+what is scored is held out of the rest."""
 
 
 class AblationError(RuntimeError):
@@ -157,10 +158,19 @@ def _check_comparable(study: AblationConfig, recipe: Recipe) -> None:
         raise RecipeError("stop: arms that end at different generations are not compared at equal steps; leave stop.* "
                           "out and set iterations")  # fmt: skip
     common = flat(asdict(load(study.recipe, study.overrides)))
+    shared = (*SHARED, "data.") if _held_out(recipe) else SHARED
     for key, value in flat(asdict(recipe)).items():
-        if key.startswith(SHARED) and value != common[key]:
+        if key.startswith(shared) and value != common[key]:
             raise RecipeError(f"{key}={value}: the other arms have {common[key]}; arms are compared in one store on "
                               "one benchmark, so set it for all, in overrides")  # fmt: skip
+
+
+def _held_out(recipe: Recipe) -> bool:
+    """Whether the scored split is what other data leave of one source, and so changes with them."""
+    data, split = recipe.data, recipe.evaluation.split
+    if data.source == "own":
+        return getattr(data, split) is None
+    return data.source == "easyvqa" and split == "development"
 
 
 def check_out(out: Path) -> None:

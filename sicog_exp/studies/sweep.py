@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -28,10 +29,12 @@ from sicog_exp.studies import findings
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
 
 HEARTBEAT = 30
 """Seconds between the signs of life that workers leave in a database."""
+NAMING = 60
+"""Seconds that a worker has to write its name on a trial that it began."""
 TRIES = 4
 """Tries to open a database whose tables other workers are just making."""
 FAILURES = 3
@@ -289,13 +292,19 @@ def _alive(owner: str) -> bool:
         return False
 
 
+def _just_begun(trial: FrozenTrial) -> bool:
+    """Whether its worker may be about to write its name: a trial runs before it has an owner."""
+    return trial.datetime_start is not None and datetime.now() - trial.datetime_start < timedelta(seconds=NAMING)
+
+
 def retry_the_dead(search: Study, console: Console) -> None:
     """Fail the trials whose worker was killed on this machine, and queue their values again: their finished steps are
     in the store. (Databases see to it by heartbeat, for workers on other machines too.)"""
     from optuna.trial import TrialState
 
     for trial in search.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not _alive(trial.user_attrs.get("owner", "")):
+        owner = trial.user_attrs.get("owner", "")
+        if not (_alive(owner) if owner else _just_begun(trial)):
             search.tell(trial.number, state=TrialState.FAIL)
             search.enqueue_trial(trial.params)
             console.print(f"trial {trial.number}: its process is gone; its values are tried again")

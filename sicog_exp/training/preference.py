@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -137,12 +138,14 @@ def reference_differences(module: PreferenceTuning, batches: PairBatches, count:
         module.to(torch.device(model.torch_device)).eval()
         if model.precision == "bf16-true":
             module.to(torch.bfloat16)
+    started = time.perf_counter()
     with (workplace.scratch / REFERENCE).open("a") as file:
         for number, found in _scored(module, batches, {i: parts[i] for i in missing}, model):
-            done[number] = found
-            file.write(json.dumps({"batch": number, "differences": found}) + "\n")
+            done[number], now = found, time.perf_counter()
+            file.write(json.dumps({"batch": number, "differences": found, "seconds": now - started}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+            started = now
     by_pair = {pair: value for number, part in enumerate(parts) for pair, value in zip(part, done[number], strict=True)}
     return [by_pair[pair] for pair in range(count)]
 
@@ -155,6 +158,12 @@ def _read_reference(path: Path) -> dict[int, list[float]]:
     if torn:
         path.write_text(whole + newline)
     return {row["batch"]: row["differences"] for row in map(json.loads, whole.splitlines())}
+
+
+def _reference_seconds(workplace: Workplace) -> float:
+    """What all batches of the finished pass took, those of killed attempts too."""
+    rows = map(json.loads, (workplace.scratch / REFERENCE).read_text().splitlines())
+    return sum(row.get("seconds", 0.0) for row in rows)
 
 
 def _scored(module: PreferenceTuning, batches: PairBatches, parts: Mapping[int, Sequence[int]], model: ModelConfig
@@ -232,6 +241,7 @@ def train(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Workp
     if whole is None:
         return
     work, again = work_of(whole), task.model.gradient_checkpointing
+    workplace.add(model_seconds=_reference_seconds(workplace))
     workplace.add(pairs=count, flops=trained_flops(workplace.facts, work, task.stage, again)
                   + work.sampling(*_size(source, module)))  # fmt: skip
     save_model(whole, processor, workplace.directory)

@@ -83,8 +83,8 @@ def build_mixture(task: TrainingTask, inputs: Mapping[str, Artifact], encoder: C
                 task.shares[source]) for source, records in rows_by_source(task, inputs).items()]  # fmt: skip
     for source, _ in sources:
         if source.too_long:
-            print(f"training: {len(source.too_long)} {source.name} rows are longer than {length} tokens and set aside, "
-                  f"for example {source.too_long[0]}")  # fmt: skip
+            print(f"training: {len(source.too_long)} {source.name} rows are longer than {length} tokens, or refused by "
+                  f"the chat template, and set aside, for example {source.too_long[0]}")  # fmt: skip
     return Mixture(sources, task.seed, {source.name: source.weights for source, _ in sources if source.weights})
 
 

@@ -29,7 +29,15 @@ from sicog_exp.generation.fixed import fixed_problem
 from sicog_exp.generation.requests import keys_of
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.models.adapters import linear_layers, merge_adapters
-from sicog_exp.models.loading import PARTS, ModelError, ModelSource, load_model, part_parameters, save_model
+from sicog_exp.models.loading import (
+    PARTS,
+    ModelError,
+    ModelSource,
+    load_model,
+    load_processor,
+    part_parameters,
+    save_model,
+)
 from sicog_exp.models.miniatures import FAMILIES
 from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.records import Message, user
@@ -304,6 +312,18 @@ class TestArchitecture:
         tall = Subject(Family(subject.family.name, subject.family.folder), subject.pictures)
         tall.opened = load_model(uncapped)
         assert tall.row(TALKS[0]).example == subject.row(TALKS[0]).example
+
+    def test_a_processor_alone_shows_as_many_pixels_as_with_its_model(self, subject: Subject) -> None:
+        """As a plan reads it, without weights."""
+        source = ModelSource(str(subject.family.folder), image_pixels=FEWER_PIXELS)
+        if subject.family.name in ONE_SIZE:
+            with pytest.raises(ModelError, match="shows every image at one size"):
+                load_processor(source)
+            return
+        picture = Image.new("RGB", (300, 200))
+        made = (load_processor(source), load_model(source)[1], load_processor(ModelSource(source.path)))
+        alone, whole, uncapped = (ChatEncoder(processor).image_length(picture) for processor in made)
+        assert alone == whole < uncapped
 
     @pytest.mark.parametrize("batch_size", [1, 8])
     @pytest.mark.parametrize("shared", [True, False], ids=["features", "pixels"])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import tarfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from formats import BAD, FORMATS, GOOD, ROWS, chat, parquet_shards, qa, save_images, write_shard
+from PIL import Image
 
 from sicog_exp.data.formats import DataError, default_root, found_rows
 from sicog_exp.data.images import ImageFolder
@@ -112,6 +116,25 @@ def test_ids_and_parts_of_shards(tmp_path: Path) -> None:
     records, intake = read(tmp_path / "{x,y}.tar", tmp_path / "out")
     assert not intake.rejected
     assert [record.id for record in records] == ["x-000001", "y-000001"]
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("part", [{"path": "beside.png"}, {"image": {"path": "beside.png"}},
+                                  {"type": "image_url", "image_url": {"url": "beside.png"}}])  # fmt: skip
+def test_a_shard_s_row_shows_no_file_beside_it(part: dict, columns: bool, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "beside.png")
+    turns: Any = [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "What?"}]},
+                  {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]}]  # fmt: skip
+    if columns:
+        turns = {name: [turn[name] for turn in turns] for name in ("role", "content")}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        content = json.dumps({"messages": turns}).encode()
+        info = tarfile.TarInfo("1.json")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    records, intake = read(tmp_path / "x.tar", tmp_path / "out")
+    assert (len(records), [row.problem for row in intake.rejected]) == (0, ["image"])
+    assert "names an image in a part of a turn" in intake.rejected[0].reason
 
 
 def test_a_chat_row_may_hold_a_url_and_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,3 +297,23 @@ def test_answers_compared_as_words_have_no_encoder(tmp_path: Path):
     scored = pools(curated(tmp_path / "q", POOL, reasoning_scorer="similarity"))["reasoning"]
     assert (scored.encoder, {d.id for d in scored.drawn}) == ("lexical", {"n0", "n1", "k0", "k1"})
     assert json.loads((tmp_path / "q" / "summary.json").read_text())["encoder"] == "lexical"
+
+
+@pytest.mark.parametrize(("options", "encoder"), [
+    ({}, "lexical"), ({"caption_scorer": "likelihood"}, ""), ({"caption_blend": {"likelihood": 1.0}}, ""),
+])  # fmt: skip
+def test_only_an_encoder_s_own_scores_are_held_against_another_s(options: dict, encoder: str, tmp_path: Path):
+    sure = {"logprob": -1.0, "tokens": 2}
+    said = [{**plain(text, "dd"), **sure} for text in ("red dog top.", "red dog left.", "one blue cup.")]
+    pool = pools(curated(tmp_path / "p", [item("c", *said, kind="caption")], **options))["caption"]
+    assert (pool.encoder, len(pool.drawn)) == (encoder, bool(encoder))
+
+
+@pytest.mark.parametrize("select", ["oracle", "truth"])
+def test_what_the_truth_chose_has_no_threshold(select: str, tmp_path: Path):
+    folder = curated(tmp_path / "p", POOL)
+    assert pools(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["config"]["select"] = select
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert pools(folder) == {}

@@ -71,7 +71,7 @@ def test_answers_by_hand(tmp_path: Path):
     assert d.mean_score == 0.75
     assert d.precision_random == 0.625
     assert d.precision_chosen == 0.75
-    assert d.precision_kept == d.recall_kept == pytest.approx(2 / 3)
+    assert d.precision_kept == pytest.approx(2 / 3)
     assert d.precision_by_family == {"attribute": 1.0, "counting": 0.0, "naming": 1.0}
     assert [c.unanimous for c in d.choices] == [True, False, False, True]
     assert (d.unanimous_share, d.unanimous_precision, d.quality_name) == (0.5, 1.0, "right")
@@ -81,7 +81,7 @@ def test_without_truth_only_scores_remain(tmp_path: Path):
     d = diagnose(*artifacts(tmp_path, QUESTIONS, []))["reasoning"]
     assert (d.known, d.kept, d.unanimous_share) == (0, 2, 0.5)
     assert {c.quality for c in d.choices} == {None}
-    assert d.precision_random is d.precision_chosen is d.precision_kept is d.recall_kept is d.unanimous_precision
+    assert d.precision_random is d.precision_chosen is d.precision_kept is d.unanimous_precision
     assert d.precision_random is None
     assert d.precision_by_family == {}
 
@@ -99,7 +99,7 @@ def test_captions_by_hand(tmp_path: Path):
     (choice,) = d.choices
     assert choice.quality == Quality(1.0, pytest.approx(2 / 3))
     assert (choice.random, choice.unanimous) == (pytest.approx((1 + 1 + 0.5) / 3), None)
-    assert (d.precision_kept, d.recall_kept, d.quality_name) == (1.0, pytest.approx(2 / 3), "precision")
+    assert (d.precision_kept, d.quality_name) == (1.0, "precision")
     assert (d.unanimous_share, d.precision_by_family) == (None, {})
 
 

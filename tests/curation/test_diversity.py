@@ -55,6 +55,13 @@ def test_numbers_by_hand() -> None:
     assert (found.distinct_1, found.distinct_2, found.answer_entropy, found.embedding_spread) == (None,) * 4
 
 
+def test_candidates_that_were_left_unused_are_neither_valid_nor_not() -> None:
+    reasons = ["broken_format", "unused", "unused", "unused"]
+    assert measure("reasoning", [row(0, "red")], reasons).format_valid == 0
+    assert measure("reasoning", [row(0, "red")], [*reasons, None]).format_valid == 0.5
+    assert measure("reasoning", [row(0, "red")], ["unused"]).format_valid is None
+
+
 def test_nothing_kept_is_no_error() -> None:
     found = measure("reasoning", [row(0, "x", kept=False, reason="below_threshold")], [])
     assert (found.kept, found.mean_words, found.answer_entropy, found.duplicates) == (0, None, None, None)

@@ -141,6 +141,15 @@ def test_failed_run_leaves_the_earlier_outputs(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "curated.jsonl").read_bytes() == before
 
 
+def test_a_killed_run_leaves_nothing_beside_the_next_one_s_outputs(tmp_path: Path) -> None:
+    code = ("import os, sys; from pathlib import Path; from sicog_exp.curation.files import _Outputs; "
+            "_Outputs(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
+    assert list((tmp_path / "out").iterdir()), "the kill came while it wrote"
+    run(tmp_path, [row("1", ["red"])])
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     """Python's own hash of a string changes with the process; nothing written may."""
     rows = [row(str(i), [COT, "red", "blue", "green", "two", "a red cat"], image=str(i % 3)) for i in range(40)]

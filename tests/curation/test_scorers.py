@@ -16,7 +16,7 @@ from sicog_exp.curation import CurationError
 from sicog_exp.curation.curate import Decision, Item, Response, curate
 from sicog_exp.curation.files import curate_file
 from sicog_exp.curation.filters import infer_kind
-from sicog_exp.curation.scorers import blended, cross_agreement, cross_similarities, listing_votes
+from sicog_exp.curation.scorers import blended, compared_by, cross_agreement, cross_similarities, listing_votes
 from sicog_exp.prompts import structured
 from sicog_exp.recipe import CurationConfig, RecipeError, build
 
@@ -64,6 +64,18 @@ def test_likelihood_is_the_geometric_mean_probability() -> None:
     one = item("q", ["red", "blue"], logprobs=[math.log(0.5), math.log(0.25)])
     assert scores(one, reasoning_scorer="likelihood") == pytest.approx([0.5, 0.25])
     assert scores(item("q", ["red"], logprobs=[1e-9]), reasoning_scorer="likelihood") == [1.0], "never above 1"
+
+
+@pytest.mark.parametrize(("options", "compared"), [
+    ({}, ("similarity",)),
+    ({"caption_scorer": "cross_format"}, ("similarity",)),
+    ({"caption_scorer": "lexical"}, ("lexical",)),
+    ({"caption_scorer": "lexical", "caption_blend": {"cross_format": 1.0}}, ("similarity", "lexical")),
+    ({"caption_scorer": "likelihood"}, ()),
+])  # fmt: skip
+def test_matrices_that_scorers_read_are_known_ahead(options: dict, compared: tuple[str, ...]) -> None:
+    assert compared_by(CurationConfig(**options), "caption") == compared
+    assert "similarity" not in compared_by(CurationConfig(reasoning_scorer="cross_format"), "reasoning")
 
 
 def test_lexical_and_encoder_similarity_blend() -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sicog_exp.data.chat import IGNORED, ChatEncoder, Example
+from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError, Example
 from sicog_exp.data.mixture import (
     PATTERN,
     ImageTensors,
@@ -283,3 +283,17 @@ def test_a_row_that_is_too_long_is_set_aside_and_named(chat: ChatEncoder, world_
     assert source.rows == 1
     assert source.too_long == ["r90"]
     assert source.weights == [2.0], "the weights of the rows that are left"
+
+
+def test_a_row_that_the_template_refuses_is_set_aside(tiny_model: Path, world_images: list[Path]) -> None:
+    strict = ChatEncoder(load_model(ModelSource(str(tiny_model)))[1])
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    strict.processor.chat_template = refusing + strict.processor.chat_template
+    said = conversation("What category is a dog?", "animal", ())
+    odd = (Message("system", "Be brief."), *said)
+    records = [Record("odd", odd, (), "text", "x"), Record("plain", said, (), "text", "x")]
+    images = ImageTensors(world_images[0].parent, strict, 50_000_000)
+    source = RecordSource("annotated", records, images, strict, 512)
+    assert (source.rows, source.too_long) == (1, ["odd"])
+    with pytest.raises(ChatError, match="no system message"):
+        strict.prompt(records[0].messages[:-1], None)

@@ -184,6 +184,17 @@ def test_a_readme_names_the_files_of_its_configurations(tmp_path: Path):
         assert [str(file.relative_to(folder)) for file in found] == expected
 
 
+@pytest.mark.parametrize("path", ["../secret.json", "a/../../secret.json", "{}/secret.json", "", 3])
+def test_a_readme_names_no_file_outside_of_its_folder(tmp_path: Path, path: str | int):
+    (tmp_path / "SET" / "a").mkdir(parents=True)
+    (tmp_path / "secret.json").write_text("{}")
+    declared = [{"split": "test", "path": path.format(tmp_path) if isinstance(path, str) else [path]}]
+    front = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": declared}]})
+    (tmp_path / "SET" / "README.md").write_text(f"---\n{front}---\n")
+    with pytest.raises(BenchmarkError, match=r"SET/README\.md: its configs name"):
+        copies(tmp_path, TaskData("them/SET", None, "test", False))
+
+
 def test_what_a_suite_holds_is_listed(paper: Path, capsys: pytest.CaptureFixture):
     rows = {row.task: row for row in listed("paper")}
     assert list(rows) == [*STOCK, *JUDGED]

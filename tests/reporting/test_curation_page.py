@@ -173,7 +173,7 @@ def test_another_encoder_is_compared_on_what_the_run_keeps(artifact: Path, capsy
     assert main(["curation", "embedded by minilm", "--encoder", "lexical"]) == 0
     printed = capsys.readouterr().out
     assert "Encoders: minilm and lexical on 20 drawn items; minilm prefers a candidate in 20" in printed
-    assert "Encoders: none takes part, answers are compared as normalised words." in printed
+    assert "Encoders: nothing to compare, no encoder alone gave these scores." in printed
     words = " ".join(outline(Path("curation.html").read_text()).words)
     assert "but what the second encoder compared" in words
 
@@ -202,6 +202,10 @@ def test_what_cannot_be_swept_is_named(artifact: Path, home: Path, capsys: pytes
     for arguments, words in cases.items():
         assert main(["curation", *arguments]) == 2
         assert words in capsys.readouterr().err
+    summary = json.loads((artifact / "summary.json").read_text())
+    (artifact / "summary.json").write_text(json.dumps(summary | {"config": {**summary["config"], "select": "oracle"}}))
+    assert main(["curation", str(artifact)]) == 2
+    assert "its candidates were chosen by the truth" in capsys.readouterr().err
     assert not Path("curation.html").exists()
 
 

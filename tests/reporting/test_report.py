@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw
 
 from sicog_exp.curation.curate import Group
 from sicog_exp.curation.diversity import Diversity
-from sicog_exp.data.questions import FAMILIES
 from sicog_exp.prompts import structured
 from sicog_exp.reporting import charts
 from sicog_exp.reporting import report as r
 
+FAMILIES = ("naming", "existence", "attribute", "counting", "comparison", "relation", "category")
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 ATTACK = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>"
 

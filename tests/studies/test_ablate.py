@@ -102,6 +102,25 @@ def test_a_generation_that_no_run_reaches_is_an_error(tmp_path: Path) -> None:
         load_ablation(path)
 
 
+@pytest.mark.parametrize(("common", "change", "refused"), [
+    (["data.source=own", "data.annotated=a.jsonl", "data.unlabeled=b"], "data.annotated=c.jsonl", True),
+    (["data.source=own", "data.annotated=a.jsonl", "data.unlabeled=b"], "data.max_bad_share=0.9", True),
+    (["data.source=own", "data.annotated=a.jsonl", "data.unlabeled=b", "data.benchmark=d.jsonl"],
+     "data.annotated=c.jsonl", False),
+    (["data.source=easyvqa", "evaluation.split=development"], "data.annotated_images=5", True),
+    (["data.source=easyvqa"], "data.annotated_images=5", False),
+    ([], "data.annotated_images=5", False),
+])  # fmt: skip
+def test_arms_share_the_data_that_their_benchmark_is_held_out_of(common: list[str], change: str, refused: bool,
+                                                                 tmp_path: Path) -> None:  # fmt: skip
+    path = write(tmp_path, arms={"curated": [], "other": [change]}, overrides=["iterations=1", *common])
+    if not refused:
+        assert load_ablation(path)
+        return
+    with pytest.raises(RecipeError, match=rf"arms\.other: {change.replace('.', '[.]')}: the other arms have"):
+        load_ablation(path)
+
+
 # A study that was killed, continued, asked again, and extended.
 
 

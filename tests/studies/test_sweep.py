@@ -139,6 +139,20 @@ def test_a_dead_workers_trial_is_tried_again_and_a_live_ones_left_alone(tmp_path
     assert suggested(config, search.ask()) == values
 
 
+def test_a_trial_that_just_began_is_alive_before_it_has_an_owner(tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from sicog_exp.studies import sweep
+
+    config = study(tmp_path)
+    search = open_study(config, recipe_of(config, {}, "development"))
+    suggested(config, search.ask())
+    retry_the_dead(search, Console(file=io.StringIO()))
+    assert [trial.state for trial in search.get_trials()] == [TrialState.RUNNING]
+    monkeypatch.setattr(sweep, "NAMING", 0)
+    retry_the_dead(search, Console(file=io.StringIO()))
+    assert [trial.state for trial in search.get_trials()] == [TrialState.FAIL, TrialState.WAITING]
+
+
 @pytest.fixture(scope="module")
 def swept(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, StudyConfig]:
     """A search that was killed in its second trial and run again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sicog_exp.prompts import KINDS, Kind, prompt
 from sicog_exp.recipe import ModelConfig, PreferenceConfig, RecipeError
 from sicog_exp.records import Record, conversation, write_records
 from sicog_exp.store import Artifact, Step, Store, Workplace, checksums
+from sicog_exp.training import preference
 from sicog_exp.training.fit import StageData, fit
 from sicog_exp.training.modules import LOG_EVERY
 from sicog_exp.training.preference import (
@@ -26,6 +28,7 @@ from sicog_exp.training.preference import (
     PairBatches,
     PreferenceTask,
     PreferenceTuning,
+    _reference_seconds,
     prefer,
     preference_losses,
     read_pairs,
@@ -231,7 +234,10 @@ def test_a_torn_reference_pass_computes_what_is_missing_alone(tiny_model: Path, 
     assert len(computed) == 2
     assert reference_differences(module, batches, len(SAID), CPU, workplace) == whole
     assert len(computed) == 2
-    assert (tmp_path / REFERENCE).read_text() == "".join(lines)
+    rows = list(map(json.loads, (tmp_path / REFERENCE).read_text().splitlines()))
+    assert rows[0] == json.loads(lines[0])
+    assert [row["differences"] for row in rows] == [json.loads(line)["differences"] for line in lines]
+    assert _reference_seconds(workplace) == sum(row["seconds"] for row in rows) > 0
 
 
 # The stage as a step.
@@ -251,9 +257,12 @@ def step(inputs: dict[str, Artifact], kinds: tuple[Kind, ...] = KINDS) -> Step:
     return Step("preference", prefer, PreferenceTask(settings, CPU, 3, kinds), inputs, 3)
 
 
-def test_an_interrupted_stage_ends_with_the_bits_and_facts_of_an_undisturbed_one(inputs: dict[str, Artifact],
-                                                                                 tmp_path: Path) -> None:
+def test_an_interrupted_stage_ends_with_the_bits_and_facts_of_an_undisturbed_one(
+    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preference, "_reference_seconds", lambda place: 1000.0)
     whole = Store(tmp_path / "whole").run(step(inputs))
+    assert whole.facts["model_seconds"] > 1000, "the pass over the reference is the model's time"
 
     def stop(at: int) -> Any:
         def progress(done: int, total: int) -> None:
