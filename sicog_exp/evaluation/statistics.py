@@ -127,15 +127,15 @@ def gain_share(gains: NDArray[np.float64], limits: NDArray[np.float64], clusters
     """What share of a possible gain was reached: mean(`gains`) / mean(`limits`), both by question, with the interval
     from resampling images for both at once.
 
-    Raises StatisticsError where the limit is not above 0 in all but 2.5% of the resamples: a share of it is no number.
+    Raises StatisticsError where the limit is not above 0 in every resample: a share of it is no number.
     """
     values, groups = _checked(gains, clusters)
     most, _ = _checked(limits, clusters)
     _, index = np.unique(groups, return_inverse=True)
     totals = _resamples(np.stack([np.bincount(index, weights=one) for one in (values, most)], axis=1), resamples, seed)
-    tail = (1 - LEVEL) / 2
-    if np.quantile(totals[:, 1], tail) <= 0:
+    if (totals[:, 1] <= 0).any():
         raise StatisticsError("the limit is not clearly above 0, so that no share of it can be given")
+    tail = (1 - LEVEL) / 2
     low, high = np.quantile(totals[:, 0] / totals[:, 1], [tail, 1 - tail])
     return Interval(float(values.mean() / most.mean()), float(low), float(high), len(values), int(index.max()) + 1)
 

@@ -216,7 +216,8 @@ def test_a_share_of_a_possible_gain_comes_from_resampling_both_at_once():
     assert (half.n, half.clusters) == (800, 200)
 
 
-def test_no_share_of_a_limit_that_may_be_zero():
-    limits = np.tile([1.0, -1.0], 50)
+@pytest.mark.parametrize("limits", [np.tile([1.0, -1.0], 50), np.eye(1, 100)[0] + np.eye(1, 100, 1)[0]])
+def test_no_share_of_a_limit_that_may_be_zero(limits):
+    """Of two hits in a hundred, too: some resamples have neither."""
     with pytest.raises(StatisticsError, match="not clearly above 0"):
         gain_share(limits, limits, np.arange(100))
