@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
@@ -488,7 +488,7 @@ def _shard_images(key: str, row: dict[str, Any], images: list[_Member]) -> dict[
 def _check_parts(key: str, row: dict[str, Any]) -> None:
     """Raise BadRow where a part of a turn brings an image of its own: it would be a file beside the shard."""
     lists = [value for value in row.values() if isinstance(value, list)]
-    turns = [turn.values() for turns in lists for turn in turns if isinstance(turn, dict)]
+    turns: list[Iterable[Any]] = [turn.values() for held in lists for turn in held if isinstance(turn, dict)]
     turns += [column for value in row.values() if isinstance(value, dict) for column in value.values()
               if isinstance(column, list)]  # fmt: skip
     for part in (part for turn in turns for content in turn if isinstance(content, list) for part in content):
