@@ -213,7 +213,6 @@ MISTAKES = [
     (f"{OWN.replace('iterate', 'plan').replace(' store=S', '')} data.annotated=binary.yaml data.unlabeled=nothing",
      r"binary\.yaml: unknown kind of file"),
     ("sweep nowhere.yaml", r"nowhere\.yaml: no such study; .*experiments/sweeps/"),
-    ("sweep trials=3 seed=1", r"trials=3: no such study"),
     ("sweep broken.yaml", r"broken\.yaml: unreadable YAML"),
     ("sweep experiments/embedded.yaml", "unknown key; allowed here: name, recipe, space"),
     ("sweep no_space.yaml", r"no_space\.yaml: space: missing"),
