@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from engines import VLLM_PYTHON, free_port, serving, transformers_serve
+from engines import VLLM_PYTHON, free_port, our_server, serving, transformers_serve
+from runs import arguments, finish
 
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.openai_engine import OpenAIEngine, served
@@ -45,6 +46,20 @@ def test_transformers_serve_gives_the_same_answers(tiny_model: Path, world_image
     }
     assert {c.logprob for c in found.values()} == {None}
     assert engine.counted["prompt_tokens"] > 0
+
+
+def test_a_whole_run_is_sampled_and_scored_by_a_server(tiny_model: Path, tmp_path: Path) -> None:
+    """One that serves the step store: every generation under its folder's name, as soon as it is there."""
+    store = tmp_path / "store"
+    store.mkdir()
+    with our_server(store, tmp_path / "log") as url:
+        chosen = ("engine.kind=openai", f"engine.server={url}", "engine.in_flight=4")
+        printed = finish(arguments(tiny_model, store, "iterations=1", *chosen), tmp_path)
+    assert "G1 evaluate" in printed
+    asked = [*store.glob("generate-*/manifest.json"), *store.glob("evaluate-*/manifest.json")]
+    assert [json.loads(path.read_text())["device"] for path in asked] == [url] * 4
+    trained = [json.loads(path.read_text())["device"] for path in store.glob("pretrain-*/manifest.json")]
+    assert trained == ["1 CPU threads"]
 
 
 @pytest.mark.skipif(VLLM_PYTHON not in os.environ, reason=f"{VLLM_PYTHON} names no python with vllm")
