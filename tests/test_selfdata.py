@@ -280,6 +280,7 @@ def test_a_picture_of_any_allowed_size_is_sampled_and_scored(tiny_model: Path, m
         raise Stopped
 
     monkeypatch.setattr(TransformersEngine, "from_recipe", classmethod(made))
+    monkeypatch.setattr("sicog_exp.selfdata.requests_for", lambda *_: [])
     model = Artifact(tiny_model, {"fingerprint": "m"}, True)
     place = Workplace(tiny_model, tiny_model)
     with pytest.raises(Stopped):
