@@ -4,12 +4,16 @@ continues."""
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODE = 128 + signal.SIGTERM
 """What a shell and SLURM see of a process that SIGTERM ended."""
+MESSAGE = "stopped by SIGTERM; the same command continues"
+_asked = False
+"""Whether SIGTERM arrived inside `terminable`."""
 
 
 class Terminated(BaseException):
@@ -23,13 +27,26 @@ INTERRUPTIONS = (KeyboardInterrupt, Terminated)
 @contextmanager
 def terminable() -> Iterator[None]:
     """Inside, SIGTERM raises Terminated in the main thread, once: locks are freed and temporary files removed."""
-    before = signal.signal(signal.SIGTERM, _terminate)
+    global _asked
+    _asked = False
+    before, report = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
+    sys.unraisablehook = lambda dropped: None if dropped.exc_type is Terminated else report(dropped)  # see `check`
     try:
         yield
     finally:
+        _asked, sys.unraisablehook = False, report
         signal.signal(signal.SIGTERM, before)
 
 
+def check() -> None:
+    """Raise Terminated where SIGTERM arrived and was not heard: Python drops what is raised while it gives up a
+    generator or an object. The store asks at every step and whenever one advances."""
+    if _asked:
+        raise Terminated(MESSAGE)
+
+
 def _terminate(signum: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = True
     signal.signal(signum, signal.SIG_IGN)  # a second one would break off the cleaning up
-    raise Terminated("stopped by SIGTERM; the same command continues")
+    raise Terminated(MESSAGE)

@@ -27,6 +27,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
+from sicog_exp import interruption
+
 MANIFEST = "manifest.json"
 SCRATCH = "scratch"
 """Sub-directory of a partial artifact for checkpoints and shards; removed when the step is done."""
@@ -230,6 +232,7 @@ class Store:
             return self._read(path) if self._whole(path) else self._make(step, progress, tracked_run)
 
     def _make(self, step: Step, progress: Progress | None, tracked_run: str) -> Artifact:
+        interruption.check()
         partial = _sibling(self.path_of(step), ".partial")
         scratch = partial / SCRATCH
         try:
@@ -386,6 +389,7 @@ class _Clock:
 
     def advance(self, done: int, total: int) -> None:
         self._keep()
+        interruption.check()
         if self._progress:
             self._progress(done, total)
 

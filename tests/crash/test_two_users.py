@@ -16,7 +16,9 @@ from runs import REPOSITORY
 NOBODY = 65534
 USER = """
 import os, sys, time
-from sicog_exp.store import Step, Store  # before it may no longer read this code
+from importlib.metadata import metadata
+from sicog_exp.store import Step, Store
+metadata("torch")  # all code is read before it may no longer be, in a home of root's
 uid, gid, root, kill = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "killed"
 if uid:
     os.setgroups([gid]); os.setgid(gid); os.setuid(uid)
