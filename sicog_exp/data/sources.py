@@ -80,6 +80,11 @@ class Dataset:
     truth: list[dict[str, str]] = field(default_factory=list)
     intake: Intake = field(default_factory=Intake)
 
+    @property
+    def named(self) -> list[str]:
+        """The splits that the directory gets."""
+        return list(dict.fromkeys((*SPLITS, *self.selected)))
+
     def records(self, split: str) -> Iterable[Record]:
         return self.selected[split] if split in self.selected else self.splits[split]
 
@@ -103,7 +108,7 @@ def build_dataset(config: DataConfig, directory: Path) -> None:
     """
     dataset = Dataset(ImageFolder(directory, config.max_pixels))
     {"world": _world, "easyvqa": _easyvqa, "own": _own}[config.source](config, dataset)
-    splits = {split: dataset.records(split) for split in dict.fromkeys((*SPLITS, *dataset.selected))}
+    splits = {split: dataset.records(split) for split in dataset.named}
     _check_splits(dataset, splits)
     dataset.folder.prune({image for records in splits.values() for r in records for image in r.images})
     for split, records in splits.items():
@@ -142,7 +147,7 @@ def check_disjoint(hashes: Mapping[str, str], splits: Mapping[str, Iterable[Reco
 def _summary(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
     intake, rows = dataset.intake, dataset.intake.rejected
     by_problem = dict(Counter(row.problem for row in rows))
-    splits = {split: _counts(dataset.records(split)) for split in dict.fromkeys((*SPLITS, *dataset.selected))}
+    splits = {split: _counts(dataset.records(split)) for split in dataset.named}
     return {"source": config.source, "splits": splits, "rejected": {"rows": len(rows), "by_problem": by_problem},
             "read": dict(intake.read), "unused": dict(intake.unused), "reworded": dict(intake.reworded),
             "blind_prior": blind_prior(dataset.records("development"))}  # fmt: skip

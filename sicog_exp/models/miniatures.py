@@ -116,8 +116,12 @@ def _idefics_template() -> str:
                          "<|im_start|>")  # fmt: skip
 
 
-def _sized(config: Any) -> dict[str, Any]:
-    return config.vision_config.to_dict() | vision_values(image_size=32, patch_size=8)
+def _tiled(kind: Any, processor: Any) -> Any:
+    """The configuration of Idefics3 and of SmolVLM, its successor."""
+    vision = kind().vision_config.to_dict() | vision_values(image_size=32, patch_size=8)
+    tok = processor.tokenizer
+    return kind(vision_config=vision, text_config=tf.LlamaConfig(**text_values(tok)), scale_factor=2,
+                image_token_id=processor.image_token_id, pad_token_id=tok.pad_token_id)  # fmt: skip
 
 
 def idefics3() -> Built:
@@ -125,11 +129,7 @@ def idefics3() -> Built:
     tok = tokenizer("<end_of_utterance>", template, (*IDEFICS_TOKENS, "<image>"))
     images = tf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     processor = tf.Idefics3Processor(images, tok, image_seq_len=4, chat_template=template)
-    vision = _sized(tf.Idefics3Config())
-    config = tf.Idefics3Config(  # type: ignore[call-arg]
-        vision_config=vision, text_config=tf.LlamaConfig(**text_values(tok)), scale_factor=2,
-        image_token_id=processor.image_token_id, pad_token_id=tok.pad_token_id)  # fmt: skip
-    return tf.Idefics3ForConditionalGeneration(config), processor
+    return tf.Idefics3ForConditionalGeneration(_tiled(tf.Idefics3Config, processor)), processor
 
 
 def smolvlm() -> Built:
@@ -137,11 +137,7 @@ def smolvlm() -> Built:
     tok = tokenizer("<end_of_utterance>", template, (*IDEFICS_TOKENS, "<image>", "<video>"))
     images = tf.SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     processor = tf.SmolVLMProcessor(images, tok, tf.SmolVLMVideoProcessor(), image_seq_len=4, chat_template=template)
-    vision = _sized(tf.SmolVLMConfig())
-    config = tf.SmolVLMConfig(  # type: ignore[call-arg]
-        vision_config=vision, text_config=tf.LlamaConfig(**text_values(tok)), scale_factor=2,
-        image_token_id=processor.image_token_id, pad_token_id=tok.pad_token_id)  # fmt: skip
-    return tf.SmolVLMForConditionalGeneration(config), processor
+    return tf.SmolVLMForConditionalGeneration(_tiled(tf.SmolVLMConfig, processor)), processor
 
 
 def internvl() -> Built:

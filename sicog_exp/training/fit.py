@@ -151,7 +151,7 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
         logger: Logger | None = None) -> None:  # fmt: skip
     """Train `module` for its configured steps, from the newest checkpoint in the workplace's scratch if there is one.
 
-    With several devices this process is one rank of several (see `training.ranks`), which all call this. Raises
+    With several devices this process is one rank of several (see `training.launch`), which all call this. Raises
     RuntimeError when fewer steps were done than asked for: a stage never reports success untrained.
     """
     workplace.device = model.device_name
@@ -163,7 +163,7 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
     checkpoint = Checkpoints.newest(workplace.scratch)
     if checkpoint:
         data.first_step = int(checkpoint.stem.removeprefix("step-"))
-    strategy, environment = engine(model)
+    strategy, environment = strategy_of(model)
     trainer = Trainer(
         max_steps=module.config.steps, max_epochs=-1, accelerator=model.device, devices=model.devices,
         num_nodes=model.nodes, strategy=strategy, plugins=[environment], precision=model.precision,
@@ -184,7 +184,7 @@ def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace
     workplace.add(steps=trainer.global_step)
 
 
-def engine(model: ModelConfig) -> tuple[Strategy | str, ClusterEnvironment]:
+def strategy_of(model: ModelConfig) -> tuple[Strategy | str, ClusterEnvironment]:
     """Lightning's strategy, and how it finds the other ranks: none, or those that torchrun started.
 
     It is named even for one process, since Lightning would otherwise take a SLURM job's variables for its own.
