@@ -1,4 +1,4 @@
-"""What engines share that hand a whole batch to something else: a library, a server, another process."""
+"""What all engines share: batches in, their results in order, timed and counted."""
 
 from __future__ import annotations
 

@@ -16,18 +16,17 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sicog_exp.data.chat import ChatEncoder, ImageInputs, join_images, to_chat
-from sicog_exp.data.images import ImageError, open_image
+from sicog_exp.generation.batched import BatchedEngine, opened_images
 from sicog_exp.generation.decoder import Decoder, Drawn, GrowingSteps, Prompts, joined, noise
 from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Request, Sampled, candidate_seed
 from sicog_exp.generation.fixed import FixedSteps, fixed_problem
 from sicog_exp.generation.memory import Halving
-from sicog_exp.generation.requests import EngineError, check_decoding, check_requests, cut, keys_of
+from sicog_exp.generation.requests import EngineError, cut, keys_of
 from sicog_exp.models.families import GRIDS, image_features, positions, shares_features, token_types
 from sicog_exp.models.loading import ModelSource, load_model
 from sicog_exp.records import Candidate, Message
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
 
     from sicog_exp.recipe import ModelConfig
 
@@ -78,25 +77,22 @@ class _Prepared:
                          self.decoding)  # fmt: skip
 
 
-class TransformersEngine:
+class TransformersEngine(BatchedEngine):
     """Samples from an image-text-to-text model of transformers.
 
     On a CPU, `threads` batches are computed side by side, a core each: 1.47 times one core's rate for chains
     at the embedded size, where both cores on each batch reach 0.88 (benchmarks/2026-11-24-cores.md). Candidates' bits
-    do not depend on `threads`. `busy_seconds` is the time for which callers waited, `counted` what was computed for
-    them: prompt_tokens, image_tokens and encoded_tokens (see `Sampled`), new_tokens.
-    A batch that does not fit into memory is computed in halves; `halved` counts how often.
+    do not depend on `threads`. A batch that does not fit into memory is computed in halves; `halved` counts how often.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, device: str | torch.device = "cpu",
                  max_pixels: int = MAX_PIXELS, threads: int = 1, static_cache: bool = False) -> None:  # fmt: skip
+        super().__init__()
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.encoder = ChatEncoder(processor)
         self.tokenizer = self.encoder.tokenizer
         self.stops = torch.tensor(sorted(_stop_ids(model, self.tokenizer)), device=self.device)
-        self.busy_seconds = 0.0
-        self.counted: Counter[str] = Counter()
         self._max_pixels = max_pixels
         self._threads = threads if self.device.type == "cpu" else 1
         self._sampling, self._scoring = Halving(SMALLER), Halving(SMALLER)
@@ -131,26 +127,13 @@ class TransformersEngine:
         """The batches of `sample`, in order: every request once, of like prompt length."""
         return cut(requests, [self._prompt_length(request) for request in requests], decoding.batch_size)
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[list[Candidate]]:
-        """One list of candidates per batch of `plan`; see the protocol."""
-        check_requests(requests)
-        check_decoding(decoding)
-        return (sampled.candidates for sampled in self.sample_batches(self.plan(requests, decoding), decoding))
-
-    def sample_batches(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
-        """Each batch when it is finished, in order; see `generation.pool.PoolEngine`."""
+    def finished(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
+        """The batches in order, some computed at once."""
         if self.device.type == "cpu":
             torch.set_num_threads(1)
-        started = time.perf_counter()
         for prepared, drawn in self._in_order(self._prepare(batch, decoding) for batch in batches):
-            candidates = self._candidates(prepared, drawn)
-            seconds = time.perf_counter() - started
-            self.busy_seconds += seconds
             prompt, image, encoded = self._prompt_tokens(prepared.inputs)
-            sampled = Sampled(candidates, prompt, seconds, image, encoded)
-            self.counted.update(sampled.counted)
-            yield sampled
-            started = time.perf_counter()
+            yield Sampled(self._candidates(prepared, drawn), prompt, 0.0, image, encoded)
 
     def _prompt_tokens(self, inputs: _Inputs) -> tuple[int, int, int]:
         """(all, images', encoded) tokens of a batch's prompts; see `Sampled`."""
@@ -304,24 +287,15 @@ class TransformersEngine:
 
     def _inputs(self, batch: Sequence[Request]) -> _Inputs:
         """Each distinct image once, however many prompts ask about it."""
-        opened = self._open(batch)
-        distinct = {r.images: None for r in batch if r.images}
-        images = {paths: self.encoder.pixels([opened[path] for path in paths]) for paths in distinct}
+        distinct: dict[tuple[Path, ...], Request] = {}
+        for request in batch:
+            if request.images:
+                distinct.setdefault(request.images, request)
+        images = {paths: self.encoder.pixels(opened_images(request, self._max_pixels))
+                  for paths, request in distinct.items()}  # fmt: skip
         ids = [self.encoder.prompt(request.messages, images.get(request.images)) for request in batch]
         place = {paths: i for i, paths in enumerate(images)}
         return _Inputs(ids, list(images.values()), [place[r.images] for r in batch if r.images])
-
-    def _open(self, batch: Sequence[Request]) -> dict[Path, Image]:
-        """Every distinct image of the batch. One that fails names the sample that asked for it."""
-        images: dict[Path, Image] = {}
-        for request in batch:
-            for path in request.images:
-                try:
-                    real = path.resolve()
-                    images[path] = images.get(path) or open_image(real.parent, real.name, self._max_pixels)
-                except ImageError as error:
-                    raise EngineError(f"sample {request.sample_id!r}: {error}") from error
-        return images
 
     def _moved(self, value: Tensor) -> Tensor:
         return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
