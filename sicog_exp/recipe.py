@@ -10,6 +10,7 @@ import collections.abc
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -99,6 +100,11 @@ class DataConfig:
                 _require(getattr(self, name) is not None, f"data.{name} is missing: data.source=own needs a path there")
 
 
+def _elsewhere(default: Any) -> Any:
+    """A field that says where or how fast something computes, not what: the store leaves it out of fingerprints."""
+    return field(default=default, metadata={"identity": False})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The base model, G0's parts."""
@@ -128,6 +134,9 @@ class ModelConfig:
     threads: int = 2
     """CPU cores. Micro-batches and sampling batches run side by side, a core each, with the same bits for any number; a
     stage whose batch is one micro-batch uses all cores together, and then the last bits depend on it."""
+    loaders: int | None = _elsewhere(None)
+    """Processes a device that open pictures and tokenize rows for the coming steps while it trains; if nothing is said,
+    4 a GPU (fewer where cores are few) and none on a CPU, whose cores train."""
     image_pixels: int | None = None
     """Most pixels that the model sees of an image: fewer tiles (LLaVA-NeXT, LLaVA-OneVision, Idefics3, SmolVLM,
     InternVL) or a smaller image (Qwen-VL), and so fewer image tokens. As the model's processor says if nothing is; a
@@ -142,6 +151,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "threads", "image_pixels", "devices", "nodes")
+        _require((self.loaders or 0) >= 0, f"model.loaders={self.loaders}: must be 0 or more")
         _require(self.ranks > 1 or self.strategy == "auto", f"model.strategy={self.strategy}: there is one device; set "
                  "model.devices or model.nodes above 1, or leave the strategy out")  # fmt: skip
         both = (self.language is None) == (self.vision is None)
@@ -153,6 +163,13 @@ class ModelConfig:
     def ranks(self) -> int:
         """Processes that train together."""
         return self.devices * self.nodes
+
+    @property
+    def loader_processes(self) -> int:
+        """`loaders`, or what goes for nothing said."""
+        if self.loaders is not None:
+            return self.loaders
+        return 0 if self.torch_device == "cpu" else min(4, (os.cpu_count() or 1) // self.devices)
 
     @property
     def generation_dtype(self) -> str:
@@ -477,11 +494,6 @@ class CapsConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             _require(value is None or value >= 0, f"{name}={value}: must be 0 or more, or null for no limit")
-
-
-def _elsewhere(default: Any) -> Any:
-    """A field that says where or how fast something computes, not what: the store leaves it out of fingerprints."""
-    return field(default=default, metadata={"identity": False})
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_pairs_of_low_scored_candidates(curated: tuple[Artifact, Artifact], tmp_
     items, chosen_from = curated
     workplace = place(tmp_path / "pairs")
     make_pairs(PairsTask(LENIENT, "low_score"), {"items": items, "curated": chosen_from}, workplace)
-    ((chosen, rejected),) = read_pairs(workplace.directory, ("cot",))
+    ((chosen, rejected),) = read_pairs(workplace.directory, ("cot",), workplace.scratch)
     assert (chosen.id, chosen.kind, chosen.images) == ("u0:cot", "cot", ("0.png",))
     assert chosen.messages[0] == rejected.messages[0]
     assert chosen.messages[0].content == "<image>\n" + prompt("cot", "What color is thing 0?")
@@ -116,7 +116,7 @@ def test_pairs_of_corrupted_images_are_joined_by_id(curated: tuple[Artifact, Art
     workplace = place(tmp_path / "pairs")
     make_pairs(PairsTask(LENIENT, "corrupted"), inputs, workplace)
     found = {chosen.id: (chosen.response, rejected.response, chosen.images)
-             for chosen, rejected in read_pairs(workplace.directory, ("cot",))}  # fmt: skip
+             for chosen, rejected in read_pairs(workplace.directory, ("cot",), workplace.scratch)}  # fmt: skip
     assert found == {"u1:cot": (chain("red"), chain("teal"), ("1.png",)),
                      "u3:cot": (chain("red"), chain("gray"), ("3.png",))}  # fmt: skip
 
@@ -247,7 +247,7 @@ def tuned(tiny_model: Path, store: Path) -> dict[str, Artifact]:
     return iterate(tiny_model, store, *PREFERENCE)
 
 
-def test_the_tuned_generator_samples_the_pool(tuned: dict[str, Artifact]) -> None:
+def test_the_tuned_generator_samples_the_pool(tuned: dict[str, Artifact], tmp_path: Path) -> None:
     names = [name for name in tuned if name.startswith("G1")]
     assert names == [f"G1 {name}" for name in (
         "develop", "preference-items", "preference-generate-caption", "preference-generate-reasoning",
@@ -259,7 +259,7 @@ def test_the_tuned_generator_samples_the_pool(tuned: dict[str, Artifact]) -> Non
         assert inputs_of(tuned[f"G1 generate-{group}"], tuned)["generator"] == "G1 preference"
     assert inputs_of(tuned["G1 pretrain"], tuned)["model"] == "G0 base"
     assert tuned["G1 preference"].content != tuned["G1 develop"].content
-    pairs = read_pairs(tuned["G1 preference-pairs"].path, ("cod", "dd", "cot", "direct"))
+    pairs = read_pairs(tuned["G1 preference-pairs"].path, ("cod", "dd", "cot", "direct"), tmp_path)
     assert tuned["G1 preference"].facts["pairs"] == len(pairs) > 0
     assert tuned["G1 preference"].facts["samples"] == 2 * 4 * 8
     drawn = {r.images for r in read_records(tuned["G1 preference-items"] / "unlabeled.parquet")}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
 
 import numpy as np
 
 from sicog_exp.data.chat import ChatEncoder, ChatError, Example, ImageInputs, join_images
+from sicog_exp.prompts import Kind
 from sicog_exp.recipe import CapsConfig
 from sicog_exp.records import Record
 
@@ -22,7 +25,11 @@ if TYPE_CHECKING:
 PATTERN = 1000
 """Slots after which the shares of a mixture are exact."""
 CACHE_BYTES = 1_000_000_000
-"""Image tensors kept by one training stage."""
+"""Image tensors kept for one device's training."""
+ROWS_KEPT = 4096
+"""Tokenized rows of a source that such a process keeps."""
+REJECTED_IN_A_ROW = 1000
+"""After so many rows of a source that cannot train, one after the other, the stage stops."""
 
 
 class MixtureError(ValueError):
@@ -40,7 +47,7 @@ class Row:
 
 
 class Source(Protocol):
-    """Rows of one origin. `rows` is their number, None for an endless stream."""
+    """Rows of one origin. `rows` is their number, None for an endless stream; one that cannot train is a ChatError."""
 
     @property
     def name(self) -> str: ...
@@ -51,11 +58,39 @@ class Source(Protocol):
     def row(self, index: int) -> Row: ...
 
 
-class ImageTensors:
-    """The processor's tensors of images under `root`, the most recently used ones kept up to CACHE_BYTES."""
+Reject = Callable[[str, str, str], None]
+"""Takes (source, id, reason) of a row that cannot train."""
 
-    def __init__(self, root: Path, encoder: ChatEncoder, max_pixels: int) -> None:
-        self._root, self._encoder, self._max_pixels = root, encoder, max_pixels
+
+class Rejected:
+    """Rows that cannot train, each once, in a file of `folder`: rows are made in several processes, any of which may be
+    killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / f"{uuid4().hex}.jsonl"
+        self._seen: set[tuple[str, str]] = set()
+
+    def add(self, source: str, id: str, reason: str) -> None:
+        if (source, id) in self._seen:
+            return
+        self._seen.add((source, id))
+        self._file.parent.mkdir(exist_ok=True)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"source": source, "id": id, "reason": reason}, ensure_ascii=False) + "\n")
+
+
+def read_rejected(folder: Path) -> list[dict[str, str]]:
+    """What all processes rejected, each row once, by source and id."""
+    lines = {line for file in folder.glob("*.jsonl") for line in file.read_text(encoding="utf-8").splitlines()}
+    rows = {(row["source"], row["id"]): row for row in map(json.loads, sorted(lines))}
+    return [rows[key] for key in sorted(rows)]
+
+
+class ImageTensors:
+    """The processor's tensors of images under `root`, the most recently used ones kept up to `most_bytes`."""
+
+    def __init__(self, root: Path, encoder: ChatEncoder, max_pixels: int, most_bytes: int = CACHE_BYTES) -> None:
+        self._root, self._encoder, self._max_pixels, self._most_bytes = root, encoder, max_pixels, most_bytes
         self._kept: OrderedDict[tuple[str, ...], ImageInputs] = OrderedDict()
         self._bytes = 0
 
@@ -76,7 +111,7 @@ class ImageTensors:
     def _keep(self, images: tuple[str, ...], tensors: ImageInputs) -> None:
         self._kept[images] = tensors
         self._bytes += _size(tensors)
-        while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+        while self._bytes > self._most_bytes and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= _size(oldest)
 
@@ -86,45 +121,45 @@ def _size(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 class RecordSource:
-    """Records as rows; a conversation too long for the model, or refused by its template, is set aside, in `too_long`.
-
-    `weights` (by record id): how often each row is drawn, relative to the others; None: all alike.
-    """
+    """Records as rows, tokenized where they are asked for. One too long for the model, or refused by its template, is
+    no row: its id and the reason go to `reject`."""
 
     def __init__(self, name: str, records: Sequence[Record], images: ImageTensors, encoder: ChatEncoder,
-                 max_length: int, weights: Mapping[str, float] | None = None) -> None:  # fmt: skip
+                 max_length: int, reject: Reject) -> None:  # fmt: skip
         self.name = name
-        self._images, self._encoder = images, encoder
-        self.too_long: list[str] = []
-        encoded = [(record.id, row) for record in records if (row := self._encode(record, max_length))]
-        self._rows = [row for _, row in encoded]
-        self._ids = [id for id, _ in encoded]
-        self.rows: int | None = len(self._rows)
-        self.weights = [weights[id] for id, _ in encoded] if weights else None
+        self.rows: int | None = len(records)
+        self._records, self._images, self._encoder, self._max_length = records, images, encoder, max_length
+        self._reject = reject
+        self._encoded = lru_cache(ROWS_KEPT)(self._encode)
 
-    def _encode(self, record: Record, max_length: int) -> tuple[Example, tuple[str, ...]] | None:
+    def _encode(self, index: int) -> tuple[Example, tuple[str, ...], str] | ChatError:
+        record = self._records[index]
         try:
-            return self._encoder.example(record.messages, self._images.of(record.images), max_length), record.images
-        except ChatError:
-            self.too_long.append(record.id)
-            return None
+            inputs = self._images.of(record.images)
+            return self._encoder.example(record.messages, inputs, self._max_length), record.images, record.id
+        except ChatError as error:
+            self._reject(self.name, record.id, str(error))
+            return error
 
     def row(self, index: int) -> Row:
-        example, images = self._rows[index]
-        return Row(example, self._images.of(images), self.name, self._ids[index])
+        encoded = self._encoded(index)
+        if isinstance(encoded, ChatError):
+            raise encoded
+        example, images, id = encoded
+        return Row(example, self._images.of(images), self.name, id)
 
 
-def capped(records: Sequence[Record], source: str, caps: CapsConfig, seed: int) -> list[Record]:
-    """What the caps leave of a source: of each kind, then of the whole, in the records' own order.
+def capped(ids: Sequence[str], kinds: Sequence[Kind], source: str, caps: CapsConfig, seed: int) -> list[int]:
+    """Which rows of a source its caps leave, by number: of each kind, then of the whole, in the rows' own order.
 
     Which ones is a function of the seed and of their ids, so that a smaller cap keeps some of a larger one's.
     """
-    kept = list(records)
+    kept = list(range(len(ids)))
     for kind in ("cod", "dd", "cot", "direct"):
-        own = _drawn([record.id for record in kept if record.kind == kind], getattr(caps, kind), seed)
-        kept = [record for record in kept if record.kind != kind or record.id in own]
-    own = _drawn([record.id for record in kept], getattr(caps, source, None), seed)
-    return [record for record in kept if record.id in own]
+        own = _drawn([ids[i] for i in kept if kinds[i] == kind], getattr(caps, kind), seed)
+        kept = [i for i in kept if kinds[i] != kind or ids[i] in own]
+    own = _drawn([ids[i] for i in kept], getattr(caps, source, None), seed)
+    return [i for i in kept if ids[i] in own]
 
 
 def _drawn(ids: Sequence[str], count: int | None, seed: int) -> set[str]:
@@ -166,14 +201,21 @@ class Mixture:
 
     def locate(self, slot: int) -> tuple[int, int]:
         """(source number, row index) of a slot."""
+        number, position = self._position(slot)
+        return number, self._index(number, position)
+
+    def _position(self, slot: int) -> tuple[int, int]:
+        """(source number, position in the walk through it) of a slot."""
         turn, place = divmod(slot, PATTERN)
         number = int(self._pattern[place])
-        position = turn * int(self._per_pattern[number]) + int(self._ranks[place])
+        return number, turn * int(self._per_pattern[number]) + int(self._ranks[place])
+
+    def _index(self, number: int, position: int) -> int:
         rows = self.sources[number].rows
         if rows is None:
-            return number, position
+            return position
         epoch, offset = divmod(position, rows)
-        return number, int(self._order(number, epoch)[offset])
+        return int(self._order(number, epoch)[offset])
 
     @lru_cache(maxsize=64)  # noqa: B019 - a mixture lives as long as its training stage
     def _order(self, number: int, epoch: int) -> np.ndarray:
@@ -181,16 +223,27 @@ class Mixture:
         weights = self._weights.get(source.name)
         return rng.permutation(source.rows or 0) if weights is None else weighted_order(weights, rng)
 
-    def rows(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> list[Row]:
-        slots = range(first + rank, first + count, ranks)
-        return [self.sources[number].row(index) for number, index in map(self.locate, slots)]
+    def row(self, slot: int) -> Row:
+        """A slot's row; where that cannot train, the next one of its source that can.
 
-    def steps(self, first_step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Row]]:
-        """The rows of every optimizer step from `first_step` on, without end; or one rank's share of each."""
-        step = first_step
-        while True:
-            yield self.rows(step * batch_size, batch_size, rank, ranks)
-            step += 1
+        Raises MixtureError where none of the source can, or none of very many.
+        """
+        number, position = self._position(slot)
+        source = self.sources[number]
+        # Twice its number of rows holds each of them at least once.
+        tries = REJECTED_IN_A_ROW if source.rows is None else min(REJECTED_IN_A_ROW, 2 * source.rows)
+        for further in range(tries):
+            try:
+                return source.row(self._index(number, position + further))
+            except ChatError as error:
+                last = error
+        looked_at = min(tries, source.rows or tries)
+        raise MixtureError(f"none of {looked_at:,} rows of {source.name}, one after the other, can train; the last "
+                           f"one: {last}. Raise max_length, or use rows that the chat template takes") from last
+
+    def rows(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> list[Row]:
+        """The rows of `count` slots, or one rank's share of them."""
+        return [self.row(slot) for slot in range(first + rank, first + count, ranks)]
 
 
 def weighted_order(weights: Sequence[float], rng: np.random.Generator) -> np.ndarray:

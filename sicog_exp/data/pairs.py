@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sicog_exp.data.chat import ChatEncoder, ChatError, Example
-from sicog_exp.data.mixture import ImageTensors, Row, collate, fill_bins, pack
+from sicog_exp.data.mixture import ROWS_KEPT, ImageTensors, Row, collate, fill_bins, pack
 from sicog_exp.records import Record
 
 SOURCE = "preference"
@@ -22,37 +23,49 @@ class Pair:
 
 
 class PairSource:
-    """Pairs by index; one whose prompt is too long for the model, or that is alike after the cut to `max_length`, is
-    set aside and counted in `too_long`. To a mixture it is the source of the chosen rows."""
+    """Pairs by index, tokenized where they are asked for; one whose prompt is too long for the model, or that is alike
+    after the cut to `max_length`, is set aside and counted in `too_long`. To a mixture it is the source of the chosen
+    rows."""
 
     name = SOURCE
 
-    def __init__(self, records: Iterable[tuple[Record, Record]], images: ImageTensors, encoder: ChatEncoder,
+    def __init__(self, records: Sequence[tuple[Record, Record]], images: ImageTensors, encoder: ChatEncoder,
                  max_length: int) -> None:  # fmt: skip
-        self._images, self._encoder, self._max_length = images, encoder, max_length
+        self._records, self._images, self._encoder, self._max_length = records, images, encoder, max_length
         self.too_long: list[str] = []
-        self._pairs = [pair for both in records if (pair := self._encode(*both))]
-        self.rows: int | None = len(self._pairs)
+        self._usable: list[int] = []
+        self.lengths: list[int] = []
+        """Of each pair, the tokens of its longer conversation."""
+        self._encoded = lru_cache(ROWS_KEPT)(self._encode)
+        for number in range(len(records)):
+            self._look_at(number)
+        self.rows: int | None = len(self._usable)
 
-    def _encode(self, chosen: Record, rejected: Record) -> tuple[tuple[str, ...], Example, Example, str] | None:
-        inputs, length = self._images.of(chosen.images), self._max_length
+    def _look_at(self, number: int) -> None:
         try:
-            one, other = (self._encoder.example(r.messages, inputs, length) for r in (chosen, rejected))
+            one, other = self._encoded(number)[1:3]
         except ChatError:
             one = other = Example([], [])
         if one.input_ids == other.input_ids:
-            self.too_long.append(chosen.id)
-            return None
+            self.too_long.append(self._records[number][0].id)
+        else:
+            self._usable.append(number)
+            self.lengths.append(max(len(one), len(other)))
+
+    def _encode(self, number: int) -> tuple[tuple[str, ...], Example, Example, str]:
+        chosen, rejected = self._records[number]
+        inputs = self._images.of(chosen.images)
+        one, other = (self._encoder.example(r.messages, inputs, self._max_length) for r in (chosen, rejected))
         return chosen.images, one, other, chosen.id
 
     def pair(self, index: int) -> Pair:
-        images, chosen, rejected, id = self._pairs[index]
+        images, chosen, rejected, id = self._encoded(self._usable[index])
         inputs = self._images.of(images)
         return Pair(Row(chosen, inputs, SOURCE, id), Row(rejected, inputs, SOURCE, id))
 
     def examples(self, index: int) -> tuple[Example, Example]:
         """The tokens alone, chosen first."""
-        return self._pairs[index][1:3]
+        return self._encoded(self._usable[index])[1:3]
 
     def row(self, index: int) -> Row:
         return self.pair(index).chosen

@@ -10,14 +10,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sicog_exp.data.mixture import Mixture, Row, collate, fill_bins, groups_of_bins, pack
 from sicog_exp.interruption import Terminated
@@ -31,9 +31,8 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 class StepBatches(IterableDataset):
-    """One item is one optimizer step: its rows as micro-batches, grouped by length, or packed.
-
-    Both stay inside a step, so that every step keeps the mixture's composition.
+    """One item is one optimizer step, from `first_step` to the stage's last: its rows as micro-batches, grouped by
+    length, or packed. Both stay inside a step, so that every step keeps the mixture's composition.
     """
 
     def __init__(self, mixture: Mixture, stage: StageConfig, pad_id: int) -> None:
@@ -41,8 +40,10 @@ class StepBatches(IterableDataset):
         self._mixture, self._stage, self._pad_id = mixture, stage, pad_id
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for rows in self._mixture.steps(self.first_step, self._stage.batch_size, self.rank, self.ranks):
-            yield self.micro_batches(rows)
+        worker, size = get_worker_info(), self._stage.batch_size
+        place, stride = (worker.id, worker.num_workers) if worker else (0, 1)  # loaders take turns, in order
+        for step in range(self.first_step + place, self._stage.steps, stride):
+            yield self.micro_batches(self._mixture.rows(step * size, size, self.rank, self.ranks))
 
     def micro_batches(self, rows: list[Row]) -> list[dict[str, Any]]:
         stage, micro = self._stage, self._stage.micro_batch_size
@@ -131,10 +132,11 @@ class Checkpoints(Callback):
 class StageData(LightningDataModule):
     """Feeds a stage its optimizer steps, from `first_step` on.
 
-    `workers`: 1 makes the rows in a process of its own, for streams that are dear to make; the order stays the same.
+    `workers` above 0 make the rows ahead in processes of their own, for rows that are dear to make; the order stays the
+    same. More than 1 need a stream that shares its steps out among them.
     """
 
-    def __init__(self, batches: Any = None, workers: Literal[0, 1] = 0) -> None:
+    def __init__(self, batches: Any = None, workers: int = 0) -> None:
         super().__init__()
         self.batches, self.workers = batches, workers
         self.first_step, self.rank, self.ranks = 0, 0, 1
@@ -143,8 +145,14 @@ class StageData(LightningDataModule):
         self.batches.first_step = self.first_step
         if self.ranks > 1:
             self.batches.rank, self.batches.ranks = self.rank, self.ranks
-        return DataLoader(self.batches, batch_size=None, num_workers=self.workers,
-                          prefetch_factor=4 if self.workers else None)  # fmt: skip
+        ahead: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _begin_loading} if self.workers else {}
+        return DataLoader(self.batches, batch_size=None, num_workers=self.workers, **ahead)
+
+
+def _begin_loading(_: int) -> None:
+    # SIGTERM to all of a job's processes must leave the loaders to the step that training still finishes.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along
 
 
 def fit(module: Stage, data: StageData, model: ModelConfig, workplace: Workplace, seed: int,

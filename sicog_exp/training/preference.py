@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,10 +24,10 @@ from torch.utils.data import IterableDataset
 from sicog_exp.data.chat import IGNORED, ChatEncoder
 from sicog_exp.data.mixture import ImageTensors, Mixture
 from sicog_exp.data.pairs import PairSource, collate_pairs
+from sicog_exp.data.table import Pairs, RecordTable, Subset
 from sicog_exp.models.loading import ModelSource, load_model, save_model, work_of
 from sicog_exp.prompts import Kind
 from sicog_exp.recipe import ModelConfig, PreferenceConfig, RecipeError
-from sicog_exp.records import Record, read_records
 from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, fit
 from sicog_exp.training.launch import launch
@@ -112,7 +113,7 @@ class PairBatches(IterableDataset):
     def parts(self, pairs: Sequence[int]) -> list[list[int]]:
         """Pairs by number, cut into micro-batches of like length, the longest first."""
         micro = self._config.micro_batch_size
-        ordered = sorted(pairs, key=lambda index: -max(map(len, self._source.examples(index))))
+        ordered = sorted(pairs, key=lambda index: -self._source.lengths[index])
         return [ordered[i : i + micro] for i in range(0, len(ordered), micro)]
 
     def batch(self, pairs: Sequence[int]) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def prefer(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Work
 def _keep_reference(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """One device reads all pairs before several train on them: it holds the model for sampling too."""
     model, processor = load_model(ModelSource.of(inputs["model"].path, task.model), **in_4bit(task.stage))
-    source = _pairs(task, inputs, ChatEncoder(processor))
+    source = _pairs(task, inputs, ChatEncoder(processor), workplace.scratch)
     batches = PairBatches(source, task.stage, processor.tokenizer.pad_token_id, task.seed)
     torch.manual_seed(task.seed)
     reference_differences(PreferenceTuning(model, task.stage), batches, source.rows or 0, task.model, workplace)
@@ -231,7 +232,7 @@ def train(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Workp
     if task.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(task.seed)  # adapters start at random
-    source = _pairs(task, inputs, ChatEncoder(processor))
+    source = _pairs(task, inputs, ChatEncoder(processor), workplace.scratch)
     batches = PairBatches(source, task.stage, processor.tokenizer.pad_token_id, task.seed)
     module = PreferenceTuning(model, task.stage)
     count = source.rows or 0
@@ -255,9 +256,9 @@ def _size(source: PairSource, module: PreferenceTuning) -> tuple[int, int, int]:
     return sum(map(len, rows)) - new, sum(row.input_ids.count(image) for row in rows), new
 
 
-def _pairs(task: PreferenceTask, inputs: Mapping[str, Artifact], encoder: ChatEncoder) -> PairSource:
+def _pairs(task: PreferenceTask, inputs: Mapping[str, Artifact], encoder: ChatEncoder, scratch: Path) -> PairSource:
     images = ImageTensors(inputs["data"].path, encoder, task.max_pixels)
-    source = PairSource(read_pairs(inputs["pairs"].path, task.kinds), images, encoder, task.stage.max_length)
+    source = PairSource(read_pairs(inputs["pairs"].path, task.kinds, scratch), images, encoder, task.stage.max_length)
     if source.too_long:
         print(f"preference: {len(source.too_long)} pairs are longer than {task.stage.max_length} tokens and set aside, "
               f"for example {source.too_long[0]}")  # fmt: skip
@@ -268,7 +269,8 @@ def _pairs(task: PreferenceTask, inputs: Mapping[str, Artifact], encoder: ChatEn
     return source
 
 
-def read_pairs(folder: Path, kinds: Sequence[Kind]) -> list[tuple[Record, Record]]:
+def read_pairs(folder: Path, kinds: Sequence[Kind], scratch: Path) -> Pairs:
     """(chosen, rejected) of each pair of these kinds."""
-    both = zip(read_records(folder / CHOSEN), read_records(folder / REJECTED), strict=True)
-    return [(chosen, rejected) for chosen, rejected in both if chosen.kind in kinds]
+    chosen, rejected = (RecordTable([folder / name], scratch / "rows") for name in (CHOSEN, REJECTED))
+    positions = np.flatnonzero(np.isin(chosen.column("kind"), kinds))
+    return Pairs(Subset(chosen, positions), Subset(rejected, positions))

@@ -23,7 +23,6 @@ from sicog_exp.recipe import build
 from sicog_exp.store import Artifact, Workplace, peaks
 from sicog_exp.training import preference, stages
 from sicog_exp.training.launch import DONE, JOB, PROGRESS, write_whole
-from sicog_exp.training.modules import MultimodalPretraining, SupervisedFineTuning
 
 REPORT_EVERY = 0.5
 """Seconds between two notes of progress."""
@@ -61,8 +60,7 @@ def run(job: Mapping[str, Any], workplace: Workplace) -> None:
     if job["stage"] == "prefer":
         preference.train(build(preference.PreferenceTask, job["task"]), inputs, workplace)
         return
-    kind = {"fine_tune": SupervisedFineTuning, "pretrain": MultimodalPretraining}[job["stage"]]
-    stages.train(kind, stages.MixtureData(build(stages.TrainingTask, job["task"]), inputs), workplace)
+    stages.train(job["stage"], stages.MixtureData(build(stages.TrainingTask, job["task"]), inputs), workplace)
 
 
 def _reporter(folder: Path) -> Any:

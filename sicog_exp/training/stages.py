@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 from transformers import PreTrainedModel
 
 from sicog_exp.data.chat import ChatEncoder
-from sicog_exp.data.mixture import ImageTensors, Mixture, RecordSource, capped
+from sicog_exp.data.mixture import (
+    CACHE_BYTES,
+    ImageTensors,
+    Mixture,
+    RecordSource,
+    Rejected,
+    capped,
+    read_rejected,
+)
+from sicog_exp.data.table import RecordTable, Subset
 from sicog_exp.models.adapters import copy_trained, layers_kept_whole, merge_adapters
 from sicog_exp.models.compose import fresh_projector
 from sicog_exp.models.loading import ModelSource, Work, load_model, save_model, work_of
 from sicog_exp.prompts import COD_TURNS, KINDS, Kind, steps_of
 from sicog_exp.recipe import CapsConfig, ModelConfig, StageConfig
-from sicog_exp.records import Record, read_jsonl, read_records, turns_conversation
+from sicog_exp.records import Record, read_jsonl, turns_conversation, write_jsonl
 from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, StepBatches, fit, whole_state
 from sicog_exp.training.launch import launch
 from sicog_exp.training.modules import MultimodalPretraining, SupervisedFineTuning
 
-REVISION = 2
+REVISION = 3
 SELF_SOURCES = ("self_caption", "self_cot", "self_direct")
+REJECTED_ROWS = "rejected"
+"""In scratch: rows that cannot train, a file a process."""
 WEIGHTS = "weights.jsonl"
 """Of a curation artifact whose rows are not all drawn alike: self-generated row -> how often it is drawn."""
 
@@ -46,46 +59,67 @@ class TrainingTask:
     """The most distinct rows by source and kind."""
 
 
-def rows_by_source(task: TrainingTask, inputs: Mapping[str, Artifact]) -> dict[str, list[Record]]:
-    """source -> its records, for every source to which the task's shares give one, at most as many as its caps say."""
+def training_table(inputs: Mapping[str, Artifact], scratch: Path) -> RecordTable:
+    """All rows that a stage may train on."""
     data = inputs["data"]
-    annotated = read_records(data / "annotated.parquet")
-    instruction = read_records(data / "instruction.parquet")
-    found = {
-        "annotated": [r for r in annotated if r.kind in task.kinds and r.kind != "text"],
-        "instruction": [r for r in instruction if r.kind != "text"],
-        "text": [r for r in (*instruction, *annotated) if r.kind == "text"],
+    files = [data / f"{name}.parquet" for name in ("instruction", "annotated", "alignment")]
+    own = [inputs["curated"] / "self.parquet"] if "curated" in inputs else []
+    return RecordTable([path for path in files if path.is_file()] + own, scratch / "rows")
+
+
+def rows_by_source(task: TrainingTask, inputs: Mapping[str, Artifact], scratch: Path) -> dict[str, Subset]:
+    """source -> its records, for every source to which the task's shares give one, at most as many as its caps say."""
+    table = training_table(inputs, scratch)
+    file, kind, source = table.files, table.column("kind"), table.column("source")
+    text = kind == "text"
+    chosen = {
+        "annotated": (file == "annotated") & ~text & np.isin(kind, task.kinds),
+        "instruction": (file == "instruction") & ~text,
+        "alignment": file == "alignment",
+        "text": np.isin(file, ("instruction", "annotated")) & text,
+        **{name: (file == "self") & (source == name) for name in SELF_SOURCES},
+        "self_turns": (file == "self") & (source == "self_caption") & (kind == "cod"),
     }
-    if task.shares.get("alignment"):
-        found["alignment"] = read_records(data / "alignment.parquet")
-    if "curated" in inputs:
-        chosen = read_records(inputs["curated"] / "self.parquet")
-        found |= {source: [r for r in chosen if r.source == source] for source in SELF_SOURCES}
-        found["self_turns"] = list(caption_turns(found["self_caption"]))
-    shared = [source for source, share in task.shares.items() if share > 0 and source in found]
-    return {source: capped(found[source], source, task.caps, task.seed) for source in shared}
+    shared = [name for name, share in task.shares.items() if share > 0]
+    whole = {name: Subset(table, np.flatnonzero(chosen[name])) for name in shared}
+    if "self_turns" in whole:
+        whole["self_turns"] = conversations(whole["self_turns"])
+    return {name: within_caps(name, rows, task) for name, rows in whole.items()}
 
 
-def caption_turns(captions: Sequence[Record]) -> Iterator[Record]:
+def within_caps(source: str, rows: Subset, task: TrainingTask) -> Subset:
+    """What the task's caps leave of a source."""
+    if task.caps == CapsConfig():
+        return rows
+    kinds = rows.table.column("kind")[rows.positions].tolist()
+    return rows.part(capped(rows.ids, kinds, source, task.caps, task.seed))
+
+
+def conversations(captions: Subset) -> Subset:
     """Each Chain-of-Description caption as a conversation, a turn a step; one with an empty step is left out."""
-    for record in captions:
-        steps = steps_of("cod", record.response or "") if record.kind == "cod" else None
-        if steps and all(steps):
-            messages = turns_conversation(list(zip(COD_TURNS, steps, strict=True)), len(record.images))
-            yield replace(record, id=f"{record.id}:turns", messages=messages, source="self_turns")
+    whole = [number for number, record in enumerate(captions) if caption_turns(record)]
+    return captions.part(whole, lambda record: caption_turns(record) or record)
 
 
-def build_mixture(task: TrainingTask, inputs: Mapping[str, Artifact], encoder: ChatEncoder) -> Mixture:
-    """The task's rows, tokenized. Raises MixtureError when no source has one."""
-    length, images = task.stage.max_length, ImageTensors(inputs["data"].path, encoder, task.max_pixels)
+def caption_turns(record: Record) -> Record | None:
+    """A Chain-of-Description caption as a conversation, a turn a step; None where a step is empty."""
+    steps = steps_of("cod", record.response or "")
+    if not steps or not all(steps):
+        return None
+    messages = turns_conversation(list(zip(COD_TURNS, steps, strict=True)), len(record.images))
+    return replace(record, id=f"{record.id}:turns", messages=messages, source="self_turns")
+
+
+def build_mixture(task: TrainingTask, inputs: Mapping[str, Artifact], encoder: ChatEncoder, scratch: Path) -> Mixture:
+    """The task's rows, on disk until they are drawn. Raises MixtureError when no source has one."""
+    kept = CACHE_BYTES // max(task.model.loader_processes, 1)
+    length, images = task.stage.max_length, ImageTensors(inputs["data"].path, encoder, task.max_pixels, kept)
+    rejected, rows = Rejected(scratch / REJECTED_ROWS), rows_by_source(task, inputs, scratch)
+    sources = [(RecordSource(name, records, images, encoder, length, rejected.add), task.shares[name])
+               for name, records in rows.items()]  # fmt: skip
     drawn = row_weights(inputs)
-    sources = [(RecordSource(source, records, images, encoder, length, drawn if source in SELF_SOURCES else None),
-                task.shares[source]) for source, records in rows_by_source(task, inputs).items()]  # fmt: skip
-    for source, _ in sources:
-        if source.too_long:
-            print(f"training: {len(source.too_long)} {source.name} rows are longer than {length} tokens, or refused by "
-                  f"the chat template, and set aside, for example {source.too_long[0]}")  # fmt: skip
-    return Mixture(sources, task.seed, {source.name: source.weights for source, _ in sources if source.weights})
+    own = [name for name in SELF_SOURCES if name in rows] if drawn else []
+    return Mixture(sources, task.seed, {name: [drawn[id] for id in rows[name].ids] for name in own})
 
 
 def row_weights(inputs: Mapping[str, Artifact]) -> dict[str, float]:
@@ -95,41 +129,64 @@ def row_weights(inputs: Mapping[str, Artifact]) -> dict[str, float]:
 
 
 class MixtureData(StageData):
-    """A stage's mixture behind a LightningDataModule. `processor` is set when the stage's model is loaded."""
+    """A stage's mixture behind a LightningDataModule. `processor` and `scratch`, a folder for what training reads again
+    and again, are set when the stage's model is loaded."""
 
     def __init__(self, task: TrainingTask, inputs: Mapping[str, Artifact]) -> None:
-        super().__init__()
+        super().__init__(workers=task.model.loader_processes)
         self.task, self.inputs = task, dict(inputs)
         self.processor: Any = None
+        self.scratch = Path()
 
     def setup(self, stage: str) -> None:
-        mixture = build_mixture(self.task, self.inputs, ChatEncoder(self.processor))
+        mixture = build_mixture(self.task, self.inputs, ChatEncoder(self.processor), self.scratch)
         self.batches = StepBatches(mixture, self.task.stage, self.processor.tokenizer.pad_token_id)
 
 
 def fine_tune(task: TrainingTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Develop, align or instruct: supervised fine-tuning of the input model on the task's mixture."""
-    if task.model.ranks > 1:
-        return launch("fine_tune", task, inputs, workplace)
-    train(SupervisedFineTuning, MixtureData(task, inputs), workplace)
+    trained("fine_tune", MixtureData(task, inputs), workplace)
 
 
 def pretrain(data: MixtureData, workplace: Workplace) -> None:
     """Multimodal pre-training on a mixture that holds self-generated data."""
+    trained("pretrain", data, workplace)
+
+
+MODULES: Mapping[str, type[SupervisedFineTuning]] = {"fine_tune": SupervisedFineTuning,
+                                                     "pretrain": MultimodalPretraining}  # fmt: skip
+
+
+def trained(stage: str, data: MixtureData, workplace: Workplace) -> None:
+    """The stage in this process or on several devices, and what it could not use."""
     if data.task.model.ranks > 1:
-        return launch("pretrain", data.task, data.inputs, workplace)
-    train(MultimodalPretraining, data, workplace)
+        training_table(data.inputs, workplace.scratch)  # once, before several processes map it
+        launch(stage, data.task, data.inputs, workplace)
+    else:
+        train(stage, data, workplace)
+    keep_rejected(workplace)
 
 
-def train(kind: type[SupervisedFineTuning], data: MixtureData, workplace: Workplace) -> None:
+def keep_rejected(workplace: Workplace) -> None:
+    """Rows that were drawn and could not train: into the artifact, counted, and said."""
+    rows = read_rejected(workplace.scratch / REJECTED_ROWS)
+    if rows:
+        write_jsonl(workplace.directory / "rejected.jsonl", rows)
+        workplace.add(rejected=len(rows))
+        first = rows[0]
+        print(f"training: {len(rows)} rows that were drawn cannot train and were set aside (rejected.jsonl), such as "
+              f"{first['id']} of {first['source']}: {first['reason']}")  # fmt: skip
+
+
+def train(stage: str, data: MixtureData, workplace: Workplace) -> None:
     """The stage in this process, which may be one rank of several."""
-    task = data.task
+    task, data.scratch = data.task, workplace.scratch
     source = ModelSource.of(data.inputs["model"].path, task.model)
     model, data.processor = load_model(source, **in_4bit(task.stage))
     if task.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(task.seed)  # adapters start at random
-    module = kind(model, task.stage)
+    module = MODULES[stage](model, task.stage)
     fit(module, data, task.model, workplace, task.seed, step_logger(workplace))
     whole = trained_model(module, source, task.stage)
     if whole is None:

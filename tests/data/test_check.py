@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from sicog_exp.cli import build_parser, main
 from sicog_exp.completion import subcommands
-from sicog_exp.data.chat import ChatEncoder
+from sicog_exp.data.chat import ChatEncoder, ChatError
 from sicog_exp.data.check import Drawing, Findings, ImageLengths, Options, check, histogram, quantiles
 from sicog_exp.data.formats import DataError, default_root
 from sicog_exp.data.images import ImageFolder, ImageHeaders, open_image
@@ -75,13 +76,17 @@ def test_rows_over_the_limit_are_those_that_training_cuts_or_sets_aside(
     folder = ImageFolder(tmp_path / "out", LIMIT)
     records = list(read_annotated(source, tmp_path, folder, Intake()))
     images = ImageTensors(tmp_path / "out", encoder, LIMIT)
-    trained = RecordSource("annotated", records, images, encoder, 100)
-    whole = RecordSource("annotated", records, images, encoder, 10**6)
+    aside: set[str] = set()
+    trained = RecordSource("annotated", records, images, encoder, 100, lambda _, id, reason: aside.add(id))
+    whole = RecordSource("annotated", records, images, encoder, 10**6, lambda *_: pytest.fail("nothing is too long"))
     over = {record.id for i, record in enumerate(records) if len(whole.row(i).example) > 100}
-    assert set(found.lengths.too_long) == set(trained.too_long)
-    assert set(found.lengths.cut) == over - set(trained.too_long)
+    for i in range(len(records)):
+        with suppress(ChatError):
+            trained.row(i)
+    assert set(found.lengths.too_long) == aside
+    assert set(found.lengths.cut) == over - aside
     assert len(over) > 10
-    assert trained.too_long
+    assert aside
 
 
 def test_requests_are_read_without_responses(tmp_path: Path) -> None:

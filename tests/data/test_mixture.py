@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,14 @@ from sicog_exp.data.mixture import (
     Mixture,
     MixtureError,
     RecordSource,
+    Rejected,
     Row,
     capped,
     collate,
     fill_bins,
     groups_of_bins,
     pack,
+    read_rejected,
 )
 from sicog_exp.models.loading import ModelSource, load_model
 from sicog_exp.prompts import KINDS, Kind, prompt
@@ -102,9 +104,9 @@ def test_a_slot_is_a_pure_function_of_seed_and_position(slots: list[int], seed: 
 @pytest.mark.parametrize("first", [0, 1, 7, 150])
 def test_a_resumed_stream_goes_on_where_it_was(first: int) -> None:
     mixture = Mixture([(Numbers("a", 13), 0.7), (Numbers("b", 5), 0.3)], 1)
-    through = [seen(rows) for rows in islice(mixture.steps(0, 16), first + 3)]
+    through = [seen(mixture.rows(step * 16, 16)) for step in range(first + 3)]
     fresh = Mixture([(Numbers("a", 13), 0.7), (Numbers("b", 5), 0.3)], 1)
-    assert [seen(rows) for rows in islice(fresh.steps(first, 16), 3)] == through[first:]
+    assert [seen(fresh.rows(step * 16, 16)) for step in range(first, first + 3)] == through[first:]
 
 
 def test_an_endless_source_never_repeats() -> None:
@@ -152,8 +154,8 @@ LIMITS = st.none() | st.integers(0, 12)
 KINDS_DRAWN = st.lists(st.sampled_from(KINDS), max_size=30)
 
 
-def of_kinds(kinds: list[Kind]) -> list[Record]:
-    return [Record(f"r{i}", conversation("What?", "a dog", ()), (), kind, "annotated") for i, kind in enumerate(kinds)]
+def rows_left(kinds: list[Kind], source: str, caps: CapsConfig, seed: int) -> list[int]:
+    return capped([f"r{i}" for i in range(len(kinds))], kinds, source, caps, seed)
 
 
 def fewest(*counts: int | None) -> int:
@@ -162,33 +164,31 @@ def fewest(*counts: int | None) -> int:
 
 @given(kinds=KINDS_DRAWN, whole=LIMITS, cod=LIMITS, direct=LIMITS, seed=st.integers(0, 99))
 def test_caps_are_exact(kinds: list[Kind], whole: int | None, cod: int | None, direct: int | None, seed: int) -> None:
-    """Each kind's first, then the source's; the rows that stay are ours, in their order."""
-    records = of_kinds(kinds)
-    kept = capped(records, "annotated", CapsConfig(annotated=whole, cod=cod, direct=direct), seed)
-    assert kept == [record for record in records if record in kept]
+    """Each kind's first, then the source's; the rows that stay are in their order."""
+    kept = rows_left(kinds, "annotated", CapsConfig(annotated=whole, cod=cod, direct=direct), seed)
+    assert kept == sorted(set(kept))
     by_kind = {kind: fewest(kinds.count(kind), {"cod": cod, "direct": direct}.get(kind)) for kind in KINDS}
     assert len(kept) == fewest(sum(by_kind.values()), whole)
     if whole is None:
-        assert Counter(record.kind for record in kept) == {kind: n for kind, n in by_kind.items() if n}
+        assert Counter(kinds[i] for i in kept) == {kind: n for kind, n in by_kind.items() if n}
 
 
 @given(kinds=KINDS_DRAWN, fewer=st.integers(0, 12), more=st.integers(0, 12), seed=st.integers(0, 99))
 def test_a_smaller_cap_keeps_some_of_a_larger_ones_rows(kinds: list[Kind], fewer: int, more: int, seed: int) -> None:
-    records = of_kinds(kinds)
-    one, other = (capped(records, "annotated", CapsConfig(annotated=cap), seed) for cap in sorted((fewer, more)))
-    assert {record.id for record in one} <= {record.id for record in other}
-    elsewhere = [record for record in records if record.kind != "dd"] + of_kinds(["dd"] * 40)[30:]
-    without = capped(elsewhere, "annotated", CapsConfig(cod=fewer), seed)
-    assert [r for r in without if r.kind == "cod"] == [
-        r for r in capped(records, "annotated", CapsConfig(cod=fewer), seed) if r.kind == "cod"]  # fmt: skip
+    one, other = (rows_left(kinds, "annotated", CapsConfig(annotated=cap), seed) for cap in sorted((fewer, more)))
+    assert set(one) <= set(other)
+    beside: list[Kind] = [*kinds, *["dd"] * 10]
+    cods = [[i for i in rows_left(some, "annotated", CapsConfig(cod=fewer), seed) if some[i] == "cod"]
+            for some in (kinds, beside)]  # fmt: skip
+    assert cods[0] == cods[1], "a cap of one kind asks nothing of the others"
 
 
 def test_caps_are_drawn_by_the_seed() -> None:
-    records = of_kinds(["cot"] * 60)
-    chosen = [tuple(r.id for r in capped(records, "self_cot", CapsConfig(self_cot=10), seed)) for seed in (0, 0, 1)]
+    kinds: list[Kind] = ["cot"] * 60
+    chosen = [tuple(rows_left(kinds, "self_cot", CapsConfig(self_cot=10), seed)) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
-    assert capped(records, "self_cot", CapsConfig(), 0) == records
-    assert capped(records, "self_direct", CapsConfig(self_cot=10), 0) == records
+    assert rows_left(kinds, "self_cot", CapsConfig(), 0) == list(range(60))
+    assert rows_left(kinds, "self_direct", CapsConfig(self_cot=10), 0) == list(range(60))
 
 
 # Batches.
@@ -252,6 +252,10 @@ def test_a_pad_token_in_the_text_is_not_padding() -> None:
 # Records.
 
 
+def refuse(source: str, id: str, reason: str) -> None:
+    raise AssertionError(f"{id} of {source} was set aside: {reason}")
+
+
 @pytest.fixture(scope="module")
 def chat(tiny_model: Path) -> ChatEncoder:
     return ChatEncoder(load_model(ModelSource(str(tiny_model)))[1])
@@ -264,7 +268,7 @@ def test_records_become_rows(chat: ChatEncoder, world_images: list[Path]) -> Non
         Record("text", conversation("What category is a dog?", "animal", ()), (), "text", "x"),
         Record("two", (user("Same?", 2), Message("assistant", "no")), ("1.png", "2.png"), "direct", "x"),
     ]
-    source = RecordSource("annotated", records, ImageTensors(root, chat, 50_000_000), chat, 512)
+    source = RecordSource("annotated", records, ImageTensors(root, chat, 50_000_000), chat, 512, refuse)
     assert source.rows == 3
     rows = [source.row(i) for i in range(3)]
     assert [row.source for row in rows] == ["annotated"] * 3
@@ -275,14 +279,35 @@ def test_records_become_rows(chat: ChatEncoder, world_images: list[Path]) -> Non
     assert rows[1].image_inputs is None
 
 
-def test_a_row_that_is_too_long_is_set_aside_and_named(chat: ChatEncoder, world_images: list[Path]) -> None:
-    root = world_images[0].parent
-    records = [Record(f"r{i}", conversation("dog " * i, "yes", ("0.png",)), ("0.png",), "direct", "x") for i in (1, 90)]
-    weights = {"r1": 2.0, "r90": 3.0}
-    source = RecordSource("annotated", records, ImageTensors(root, chat, 50_000_000), chat, 60, weights)
-    assert source.rows == 1
-    assert source.too_long == ["r90"]
-    assert source.weights == [2.0], "the weights of the rows that are left"
+def test_a_row_that_is_too_long_is_set_aside_and_named(
+    chat: ChatEncoder, world_images: list[Path], tmp_path: Path
+) -> None:
+    """Another row of its source takes its slots, and each slot's stays a pure function of its position."""
+    lengths = [1, 90, 2, 3, 95]
+    records = [Record(f"r{i}", conversation("dog " * n, "yes", ("0.png",)), ("0.png",), "direct", "x")
+               for i, n in enumerate(lengths)]  # fmt: skip
+    images = ImageTensors(world_images[0].parent, chat, 50_000_000)
+
+    def drawn(first: int, count: int) -> list[str]:
+        source = RecordSource("annotated", records, images, chat, 60, Rejected(tmp_path).add)
+        return [row.id for row in Mixture([(source, 1.0)], 0).rows(first, count)]
+
+    whole = drawn(0, 25)
+    assert set(whole) == {"r0", "r2", "r3"}
+    assert [drawn(slot, 1) for slot in range(10)] == [[id] for id in whole[:10]]
+    found = read_rejected(tmp_path)
+    assert [(row["source"], row["id"]) for row in found] == [("annotated", "r1"), ("annotated", "r4")]
+    assert "max_length is 60" in found[0]["reason"]
+
+
+def test_a_source_that_cannot_train_at_all_is_an_error(chat: ChatEncoder, world_images: list[Path]) -> None:
+    records = [Record(f"r{i}", conversation("dog " * 90, "yes", ()), (), "text", "x") for i in range(3)]
+    rejected: list[str] = []
+    source = RecordSource("text", records, ImageTensors(world_images[0].parent, chat, 10**8), chat, 60,
+                          lambda source, id, reason: rejected.append(id))  # fmt: skip
+    with pytest.raises(MixtureError, match=r"none of 3 rows of text.* can train; the last one: .*max_length is 60"):
+        Mixture([(source, 1.0)], 0).rows(0, 1)
+    assert sorted(rejected) == ["r0", "r1", "r2"], "each once"
 
 
 def test_a_row_that_the_template_refuses_is_set_aside(tiny_model: Path, world_images: list[Path]) -> None:
@@ -293,7 +318,21 @@ def test_a_row_that_the_template_refuses_is_set_aside(tiny_model: Path, world_im
     odd = (Message("system", "Be brief."), *said)
     records = [Record("odd", odd, (), "text", "x"), Record("plain", said, (), "text", "x")]
     images = ImageTensors(world_images[0].parent, strict, 50_000_000)
-    source = RecordSource("annotated", records, images, strict, 512)
-    assert (source.rows, source.too_long) == (1, ["odd"])
+    rejected: list[tuple[str, str, str]] = []
+    source = RecordSource("annotated", records, images, strict, 512, lambda *row: rejected.append(row))
+    assert source.row(1).id == "plain"
+    with pytest.raises(ChatError, match="no system message"):
+        source.row(0)
+    assert [row[:2] for row in rejected] == [("annotated", "odd")]
     with pytest.raises(ChatError, match="no system message"):
         strict.prompt(records[0].messages[:-1], None)
+
+
+def test_rejected_rows_of_all_processes_are_one_list(tmp_path: Path) -> None:
+    first, second = Rejected(tmp_path / "rejected"), Rejected(tmp_path / "rejected")
+    for rejected in (first, second, second):
+        rejected.add("text", "b", "too long")
+    second.add("text", "a", "too\nlong")
+    assert [(row["id"], row["reason"]) for row in read_rejected(tmp_path / "rejected")] == [
+        ("a", "too\nlong"), ("b", "too long")]  # fmt: skip
+    assert read_rejected(tmp_path / "nothing") == []

@@ -31,9 +31,9 @@ from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.store import Artifact, Step, Store
 from sicog_exp.training.stages import TrainingTask, fine_tune
 
-model, data, root, wait, steps = sys.argv[1:]
+model, data, root, wait, steps, loaders = sys.argv[1:]
 stage = StageConfig(steps=int(steps), batch_size=4, micro_batch_size=2, max_length=512, checkpoint_every=2)
-task = TrainingTask(stage, ModelConfig(device="cpu", threads=1), dict(annotated=0.7, text=0.3), 3)
+task = TrainingTask(stage, ModelConfig(device="cpu", threads=1, loaders=int(loaders)), dict(annotated=0.7, text=0.3), 3)
 paths = dict(model=model, data=data)
 inputs = {name: Artifact(Path(path), dict(fingerprint=name), True) for name, path in paths.items()}
 
@@ -55,15 +55,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, world_images: list[Path]) -
         messages = conversation(prompt("dd"), "a red dog, " * (i + 1), (path.name,))
         annotated.append(Record(f"a{i}", messages, (path.name,), "dd", "annotated"))
     texts = [Record(f"t{i}", conversation("What is it?", "animal " * i, ()), (), "text", "text") for i in range(1, 5)]
+    texts.append(Record("long", conversation("What is it? " * 300, "animal", ()), (), "text", "text"))
     write_records(home / "annotated.parquet", annotated)
     write_records(home / "instruction.parquet", texts)
     return home
 
 
-def run(model: Path, data: Path, root: Path, kill_at: int = 0) -> None:
+def run(model: Path, data: Path, root: Path, kill_at: int = 0, loaders: int = 0) -> None:
     """Train in a process of its own; with `kill_at`, SIGKILL when that step has been reported."""
     wait = "0.2" if kill_at else "0"
-    command = [sys.executable, "-c", RUN, str(model), str(data), str(root), wait, str(STEPS)]
+    command = [sys.executable, "-c", RUN, str(model), str(data), str(root), wait, str(STEPS), str(loaders)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     if kill_at:
@@ -78,7 +79,7 @@ def run(model: Path, data: Path, root: Path, kill_at: int = 0) -> None:
 def made(root: Path) -> tuple[dict[str, str], dict[str, float]]:
     """Checksums of the trained model and the facts that do not depend on the clock."""
     (path,) = root.glob("develop-*[0-9a-f]")
-    names = ("samples", "tokens", "prompt_tokens", "image_tokens", "new_tokens", "steps", "flops")
+    names = ("samples", "tokens", "prompt_tokens", "image_tokens", "new_tokens", "steps", "flops", "rejected")
     return checksums(path), {name: facts_of(root)[name] for name in names}
 
 
@@ -90,13 +91,16 @@ def facts_of(root: Path) -> dict[str, float]:
 def test_a_killed_stage_ends_with_the_bits_and_facts_of_an_undisturbed_one(
     tiny_model: Path, folder: Path, tmp_path: Path
 ) -> None:
+    """Rows made by other processes, and those that cannot train, included."""
     run(tiny_model, folder, tmp_path / "whole")
-    run(tiny_model, folder, tmp_path / "killed", kill_at=5)
+    run(tiny_model, folder, tmp_path / "killed", kill_at=5, loaders=2)
     assert [path.name for path in (tmp_path / "killed").glob("*.partial/scratch/*.ckpt")] == ["step-00000004.ckpt"]
     run(tiny_model, folder, tmp_path / "killed", kill_at=9)
-    run(tiny_model, folder, tmp_path / "killed")
+    run(tiny_model, folder, tmp_path / "killed", loaders=3)
     weights, facts = made(tmp_path / "killed")
     assert (weights, facts) == made(tmp_path / "whole")
+    (aside,) = (tmp_path / "killed").glob("develop-*[0-9a-f]/rejected.jsonl")
+    assert [json.loads(line)["id"] for line in aside.open()] == ["long"]
     assert facts["samples"] == STEPS * 4
     assert facts["steps"] == STEPS
     assert facts["prompt_tokens"] + facts["new_tokens"] == facts["tokens"]

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from sicog_exp.data.chat import IGNORED, ChatEncoder
-from sicog_exp.data.mixture import ImageTensors, Mixture, RecordSource, collate, fill_bins, pack
+from sicog_exp.data.mixture import ImageTensors, Mixture, RecordSource, Rejected, collate, fill_bins, pack
 from sicog_exp.models.loading import PARTS, ModelSource, load_model, part_parameters
 from sicog_exp.prompts import prompt
 from sicog_exp.recipe import ModelConfig, StageConfig
@@ -77,9 +77,9 @@ def make_mixture(encoder: ChatEncoder, images: list[Path], text: bool = True) ->
     pictured = [Record(f"i{i}", conversation(prompt("dd"), caption, (f"{i}.png",)), (f"{i}.png",), "dd", "x")
                 for i, caption in enumerate(CAPTIONS)]  # fmt: skip
     written = [Record(f"t{i}", conversation("What is it?", "animal " * (i + 1), ()), (), "text", "x") for i in range(4)]
-    tensors = ImageTensors(images[0].parent, encoder, 50_000_000)
-    sources = [(RecordSource("self_caption", pictured, tensors, encoder, 512), 0.6)]
-    return Mixture([*sources, (RecordSource("text", written, tensors, encoder, 512), 0.4 * text)], 0)
+    tensors, reject = ImageTensors(images[0].parent, encoder, 50_000_000), Rejected(images[0].parent).add
+    sources = [(RecordSource("self_caption", pictured, tensors, encoder, 512, reject), 0.6)]
+    return Mixture([*sources, (RecordSource("text", written, tensors, encoder, 512, reject), 0.4 * text)], 0)
 
 
 def data(encoder: ChatEncoder, images: list[Path], config: StageConfig, **options: Any) -> StageData:

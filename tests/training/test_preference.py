@@ -284,7 +284,7 @@ def test_an_interrupted_stage_ends_with_the_bits_and_facts_of_an_undisturbed_one
 
 
 def test_kinds_choose_among_the_pairs(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    assert [chosen.id for chosen, _ in read_pairs(inputs["pairs"].path, ("cod", "dd"))] == ["p0", "p2", "p4"]
+    assert [chosen.id for chosen, _ in read_pairs(inputs["pairs"].path, ("cod", "dd"), tmp_path)] == ["p0", "p2", "p4"]
     with pytest.raises(RecipeError, match=r"preference\.rejected=low_score: no pair of kind cot: .*preference\.images"):
         Store(tmp_path).run(step(inputs, ("cot",)))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from test_modules import CPU, load, stage
 
 from sicog_exp.data.chat import IGNORED
-from sicog_exp.data.mixture import ImageTensors, RecordSource
+from sicog_exp.data.mixture import ImageTensors, RecordSource, Rejected
 from sicog_exp.models.loading import part_parameters
 from sicog_exp.prompts import COD_TURNS, Kind, prompt, structured
 from sicog_exp.recipe import CapsConfig
@@ -44,7 +45,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
 
 def rows(inputs: Mapping[str, Artifact], shares: dict[str, float], **caps: int) -> dict[str, list[str]]:
     task = TrainingTask(stage(), CPU, shares, 3, caps=CapsConfig(**caps))
-    return {source: [r.id for r in records] for source, records in rows_by_source(task, inputs).items()}
+    with TemporaryDirectory() as scratch:
+        found = rows_by_source(task, inputs, Path(scratch))
+        return {source: [r.id for r in records] for source, records in found.items()}
 
 
 def test_sources_are_those_with_a_share(inputs: Mapping[str, Artifact]) -> None:
@@ -68,7 +71,9 @@ def test_caps_hold_by_source_and_kind(inputs: Mapping[str, Artifact]) -> None:
 
 def test_a_caption_becomes_a_turn_a_step() -> None:
     whole = record("u1:cod", "cod", "self_caption", structured("cod", STEPS))
-    (made,) = caption_turns([whole, record("u1:dd", "dd", "self_caption")])
+    made = caption_turns(whole)
+    assert made
+    assert caption_turns(record("u1:cod", "cod", "self_caption", "a dog")) is None
     assert (made.id, made.kind, made.source, made.images) == ("u1:cod:turns", "cod", "self_turns", ("0.png",))
     assert [m.content for m in made.messages if m.role == "assistant"] == list(STEPS)
     asked = [m.content for m in made.messages if m.role == "user"]
@@ -77,8 +82,10 @@ def test_a_caption_becomes_a_turn_a_step() -> None:
 
 def test_every_turn_of_a_caption_is_learned_and_nothing_else(tiny_model: Path, world_images: list[Path]) -> None:
     _, encoder = load(tiny_model)
-    turns = list(caption_turns([record("u1:cod", "cod", "self_caption", structured("cod", STEPS))]))
-    source = RecordSource("self_turns", turns, ImageTensors(world_images[0].parent, encoder, 10**8), encoder, 512)
+    turns = caption_turns(record("u1:cod", "cod", "self_caption", structured("cod", STEPS)))
+    assert turns
+    images, rejected = ImageTensors(world_images[0].parent, encoder, 10**8), Rejected(world_images[0].parent)
+    source = RecordSource("self_turns", [turns], images, encoder, 512, rejected.add)
     example = source.row(0).example
     learned = [label for label in example.labels if label != IGNORED]
     said = encoder.tokenizer.decode(learned).split("<|end|>")

@@ -32,7 +32,7 @@ def test_self_generated_rows_are_drawn_by_their_weights(tmp_path: Path, tiny_mod
     encoder = ChatEncoder(load_model(ModelSource(str(tiny_model)))[1])
 
     def drawn() -> list[Counter[int]]:
-        mixture = build_mixture(task, inputs, encoder)
+        mixture = build_mixture(task, inputs, encoder, tmp_path)
         places = [mixture.locate(slot) for slot in range(1000)]
         numbers = {source.name: number for number, source in enumerate(mixture.sources)}
         return [Counter(index for number, index in places if number == numbers[name]) for name in task.shares]
