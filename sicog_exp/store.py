@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -242,6 +243,8 @@ class Store:
             _reset_peaks()
             with clock:
                 step.run(step.config, step.inputs, workplace)
+            if workplace.facts.get("model_seconds"):
+                _free_models()
             largest = {name: max(value, workplace.facts.get(name, 0)) for name, value in peaks().items()}
             facts = {**workplace.facts, **clock.facts(), **largest}
             manifest = {**step.identity, "fingerprint": step.fingerprint, "outputs": checksums(partial),
@@ -420,6 +423,15 @@ def peaks() -> dict[str, float]:
     peaks, gpus = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}, _gpus()
     on_gpu = max((gpus.max_memory_allocated(i) for i in range(gpus.device_count())), default=0) if gpus else 0
     return {**peaks, **({"peak_gpu_mb": on_gpu / 1e6} if on_gpu else {})}
+
+
+def _free_models() -> None:
+    """Trainers and engines hold their models in cycles, which stay until Python happens to look for some; the next step
+    needs the room now."""
+    gc.collect()
+    gpus = _gpus()
+    if gpus:
+        gpus.empty_cache()
 
 
 def _gpus() -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import random
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -261,6 +263,26 @@ def test_a_step_says_what_computed_it_and_its_own_peak(store: Store) -> None:
     after = store.run(Step("after", Writer(), Config()))
     assert after.device == "CPU"
     assert after.facts["peak_mb"] < made.facts["peak_mb"] - 250
+
+
+def test_a_step_s_model_is_gone_when_it_returns(store: Store) -> None:
+    """Trainers stand in cycles: without a collection, models of all stages would pile up."""
+    left: list[weakref.ref[Any]] = []
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def train(config: Any, inputs: Any, workplace: Workplace) -> None:
+        left.append(weakref.ref(Trainer()))
+        workplace.add(model_seconds=1)
+
+    gc.disable()
+    try:
+        store.run(Step("train", train, Config()))
+        assert left[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_an_error_in_the_step_leaves_no_artifact(store: Store) -> None:

@@ -53,6 +53,9 @@ def packing_problem(model: PreTrainedModel) -> str | None:
         return "numbers positions by place in the image (M-RoPE), which packed rows would break"
     if "token_type_ids" in _takes(type(model).forward):
         return "attends both ways inside an image, whose places transformers' sliding masks mistake in packed rows"
+    if model.config._attn_implementation == "flash_attention_2":
+        # transformers reads from positions where samples begin for a batch of one row alone, and mixes them in others
+        return "attends by flash_attention_2, which keeps packed samples apart in a batch of one row alone; use sdpa"
     return None
 
 

@@ -216,18 +216,24 @@ class TestArchitecture:
             return
         module = SupervisedFineTuning(subject.model, StageConfig(packing=True))
         rows = [subject.row(talk) for talk in TALKS]
-        bins = fill_bins(rows, sum(len(row.example) for row in rows))
-        assert len(bins) == 1
-        found = {}
-        for name, batch in (("packed", pack(bins, 0)), ("padded", collate(rows, 0))):
-            module.zero_grad()
-            summed, _ = module.batch_loss(batch)
-            summed.backward()
-            gradients = [p.grad.flatten() for p in module.trained_parameters if p.grad is not None]
-            found[name] = summed.detach(), torch.cat(gradients)
+        lengths = [len(row.example) for row in rows]
+        one, several = fill_bins(rows, sum(lengths)), fill_bins(rows, max(lengths) + min(lengths))
+        assert len(one) == 1 < len(several) < len(rows)
+        padded, gradients = self.learned(module, collate(rows, 0))
+        for bins in (one, several):
+            packed, same = self.learned(module, pack(bins, 0))
+            torch.testing.assert_close(packed, padded, atol=1e-3, rtol=1e-5)
+            torch.testing.assert_close(same, gradients, atol=1e-2, rtol=1e-3)
+
+    @staticmethod
+    def learned(module: SupervisedFineTuning, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch's loss and all its gradients."""
         module.zero_grad()
-        torch.testing.assert_close(found["packed"][0], found["padded"][0], atol=1e-3, rtol=1e-5)
-        torch.testing.assert_close(found["packed"][1], found["padded"][1], atol=1e-2, rtol=1e-3)
+        summed, _ = module.batch_loss(batch)
+        summed.backward()
+        gradients = torch.cat([p.grad.flatten() for p in module.trained_parameters if p.grad is not None])
+        module.zero_grad()
+        return summed.detach(), gradients
 
     def test_training_lowers_the_loss(self, subject: Subject, tmp_path: Path) -> None:
         model, _ = load_model(ModelSource(str(subject.family.folder)))

@@ -169,6 +169,14 @@ def test_packed_samples_have_the_losses_they_have_alone(tiny_model: Path, world_
         torch.testing.assert_close(losses[samples == i], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_packing_is_refused_where_attention_takes_one_row_at_a_time(tiny_model: Path) -> None:
+    model, _ = load(tiny_model)
+    model.config._attn_implementation = "flash_attention_2"  # as loaded by model.attention, which needs its package
+    with pytest.raises(ValueError, match=r"packing=true: .*flash_attention_2.*use sdpa"):
+        SupervisedFineTuning(model, stage(packing=True))
+    SupervisedFineTuning(model, stage())
+
+
 def test_packing_is_refused_where_positions_are_not_a_line(tiny_model: Path) -> None:
     model, _ = load(tiny_model)
     model.config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
