@@ -39,11 +39,18 @@ class StepBatches(IterableDataset):
         self.first_step, self.rank, self.ranks = 0, 0, 1
         self._mixture, self._stage, self._pad_id = mixture, stage, pad_id
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]] | ValueError]:
         worker, size = get_worker_info(), self._stage.batch_size
         place, stride = (worker.id, worker.num_workers) if worker else (0, 1)  # loaders take turns, in order
         for step in range(self.first_step + place, self._stage.steps, stride):
-            yield self.micro_batches(self._mixture.rows(step * size, size, self.rank, self.ranks))
+            try:
+                made = self.micro_batches(self._mixture.rows(step * size, size, self.rank, self.ranks))
+            except ValueError as error:
+                if not worker:
+                    raise
+                yield error  # a loader's own way would bury its words in two tracebacks
+                return
+            yield made
 
     def micro_batches(self, rows: list[Row]) -> list[dict[str, Any]]:
         stage, micro = self._stage, self._stage.micro_batch_size

@@ -90,7 +90,10 @@ class Stage(LightningModule):
     def drop_unreached(self, batch: Sequence[Mapping[str, Any]]) -> None:
         """A part that no row of the step reaches has no gradient, as in one process, and not one of zeros."""
 
-    def training_step(self, batch: Sequence[Mapping[str, Any]], batch_idx: int) -> None:
+    def training_step(self, batch: Sequence[Mapping[str, Any]] | Exception, batch_idx: int) -> None:
+        """One optimizer step; raises what a process that makes rows sent in place of them."""
+        if isinstance(batch, Exception):
+            raise batch
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
         terms = int(self.over_ranks(sum(self.terms(micro) for micro in batch))[0])
