@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, Lightning
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sicog_exp.data.mixture import Mixture, Row, collate, fill_bins, groups_of_bins, pack
+from sicog_exp.data.mixture import Mixture, MixtureError, Row, collate, fill_bins, groups_of_bins, pack
 from sicog_exp.interruption import Terminated
 from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.store import Workplace
@@ -39,7 +39,7 @@ class StepBatches(IterableDataset):
         self.first_step, self.rank, self.ranks = 0, 0, 1
         self._mixture, self._stage, self._pad_id = mixture, stage, pad_id
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]] | ValueError]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]] | MixtureError]:
         worker, size = get_worker_info(), self._stage.batch_size
         place, stride = (worker.id, worker.num_workers) if worker else (0, 1)  # loaders take turns, in order
         for step in range(self.first_step + place, self._stage.steps, stride):
@@ -48,7 +48,7 @@ class StepBatches(IterableDataset):
             except ValueError as error:
                 if not worker:
                     raise
-                yield error  # a loader's own way would bury its words in two tracebacks
+                yield MixtureError(str(error))  # a loader's own way would bury these words in two tracebacks
                 return
             yield made
 
@@ -152,7 +152,10 @@ class StageData(LightningDataModule):
         self.batches.first_step = self.first_step
         if self.ranks > 1:
             self.batches.rank, self.batches.ranks = self.rank, self.ranks
-        ahead: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _begin_loading} if self.workers else {}
+        ahead: dict[str, Any] = {}
+        if self.workers:
+            # Persistent ones are those that Lightning ends when training fails.
+            ahead = {"prefetch_factor": 4, "worker_init_fn": _begin_loading, "persistent_workers": True}
         return DataLoader(self.batches, batch_size=None, num_workers=self.workers, **ahead)
 
 

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from test_modules import CPU, data, load, make_mixture, stage
 
-from sicog_exp.data.images import ImageError
 from sicog_exp.interruption import Terminated
 from sicog_exp.prompts import prompt
 from sicog_exp.records import Record, conversation, write_records
@@ -233,7 +232,7 @@ def test_a_picture_that_went_away_is_named(workers: int, tiny_model: Path, world
     folder.mkdir()
     feed = data(encoder, [folder / "0.png"], config)
     feed.workers = workers
-    with pytest.raises(ImageError, match=r"^image '\d\.png': not found under ") as caught:
+    with pytest.raises(ValueError, match=r"^image '\d\.png': not found under ") as caught:
         fit(SupervisedFineTuning(model, config), feed, CPU, Workplace(tmp_path, tmp_path), 0)
     assert "Traceback" not in str(caught.value)
 
