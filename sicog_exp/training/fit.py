@@ -214,17 +214,6 @@ def strategy_of(model: ModelConfig) -> tuple[Strategy | str, ClusterEnvironment]
     return DDPStrategy(find_unused_parameters=True), TorchElasticEnvironment()
 
 
-def whole_state(module: Stage) -> dict[str, torch.Tensor] | None:
-    """The module's weights on the CPU where ranks hold shards (collected by all, filled on the first), else None."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import FSDPModule
-
-    if not isinstance(module, FSDPModule):
-        return None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, torch.Tensor], get_model_state_dict(cast(Any, module), options=options))
-
-
 def runs_side_by_side(stage: StageConfig, model: ModelConfig) -> bool:
     """Whether each CPU core takes a micro-batch of its own.
 

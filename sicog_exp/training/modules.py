@@ -26,6 +26,7 @@ from sicog_exp.models.adapters import MARK, add_adapters
 from sicog_exp.models.families import packing_problem, token_types
 from sicog_exp.models.loading import decoder_layers, part_parameters
 from sicog_exp.recipe import StageConfig
+from sicog_exp.training.shards import shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -238,15 +239,12 @@ class SupervisedFineTuning(Stage):
         strategy = self.trainer.strategy
         if not isinstance(strategy, ModelParallelStrategy):
             return
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import register_fsdp_forward_method
 
         # Else a micro-batch of text alone would skip layers' gradients where those before them are frozen, and their
         # exchange with them: ranks would exchange different things at once.
         self.model.enable_input_require_grads()
-        mesh = strategy.device_mesh["data_parallel"]
-        for layer in decoder_layers(self.model):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self, mesh=mesh)
+        shard(self, decoder_layers(self.model), strategy.device_mesh["data_parallel"])
         register_fsdp_forward_method(self, "token_losses")
 
     def token_losses(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
