@@ -201,8 +201,8 @@ def flops_of(model: Any, rows: Sequence[Row]) -> float:
 
 MAX_LENGTH = 1024
 """On a GPU. Of 84 GB that an H100 leaves to torch, weights, gradients and AdamW's moments of 7.9 billion parameters
-take 63.5 (8 bytes each). A pass of 8 rows of 1024 tokens adds 1.6 for what is kept of each layer (28 x 3,584 x 2 bytes a
-token) and, at its peak, three float32 copies of a position's 152,064 logits: ours, at response tokens alone (half of
+take 63.5 (8 bytes each). A pass of 8 rows of 1024 tokens adds 1.6 for what is kept of each layer (28 x 3,584 x 2 bytes
+a token) and, at its peak, three float32 copies of a position's 152,064 logits: ours, at response tokens alone (half of
 them at most), below 7.5; `plain`, at all positions, 14.9, which leaves 4. With 2048 tokens it would want 97 in all."""
 
 
