@@ -282,6 +282,7 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
+        self._later: list[tuple[Sequence[str], Tensor]] = []
         self._adding = Lock()
 
     def add(self, name: str, total: float, count: int) -> None:
@@ -290,10 +291,26 @@ class Means:
             sums[0] += total
             sums[1] += count
 
+    def add_later(self, names: Sequence[str], sums: Tensor) -> None:
+        """(total, count) of each name, (names, 2), which stay where they were computed until they are logged."""
+        with self._adding:
+            self._later.append((names, sums))
+
+    def _collect(self) -> None:
+        """One transfer of all that was added for later."""
+        if not self._later:
+            return
+        names = [name for names, _ in self._later for name in names]
+        rows = torch.cat([sums for _, sums in self._later]).tolist()
+        self._later.clear()
+        for name, (total, count) in zip(names, rows, strict=True):
+            self.add(name, total, count)
+
     def log(self, module: Stage) -> None:
         """At every LOG_EVERY-th step: log what there is, over all ranks, and begin anew."""
         if module.global_step % LOG_EVERY:
             return
+        self._collect()
         sums = self._over_ranks(module.ranks)
         if module.logger:
             means = {name: total / max(count, 1) for name, (total, count) in sums.items()}
@@ -320,9 +337,11 @@ class MultimodalPretraining(SupervisedFineTuning):
 
     def batch_loss(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, int]:
         losses, samples = self.token_losses(micro_batch)
-        for sample, source in enumerate(micro_batch["sources"]):
-            own = losses.detach()[samples == sample]
-            self.means.add(f"loss_{source}", float(own.sum()), own.numel())
+        sources = micro_batch["sources"]
+        terms = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
+        # Nothing of it is looked at here: each look would wait for the GPU.
+        self.means.add_later([f"loss_{source}" for source in sources],
+                             terms.new_zeros(len(sources), 2).index_add_(0, samples, terms))  # fmt: skip
         return losses.sum(), losses.numel()
 
     def on_train_batch_end(self, *args: Any) -> None:
