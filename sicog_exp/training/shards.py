@@ -46,8 +46,8 @@ def gather(module: nn.Module) -> None:
             part.reshard()
     for names in _places(module):
         share = module.get_parameter(names[0])
-        whole = share.full_tensor() if isinstance(share, DTensor) else share.data
-        _put(module, names, whole.to("meta" if distributed.get_rank() else "cpu"))
+        assert isinstance(share, DTensor)
+        _put(module, names, share.full_tensor().to("meta" if distributed.get_rank() else "cpu"))
 
 
 def _places(module: nn.Module) -> list[list[str]]:
