@@ -165,7 +165,7 @@ def _rows(sample: _Sample, ruler: Ruler, split: str, kinds: Sequence[str]) -> Ro
 
 
 def _lengths(records: Iterable[Record], ruler: Ruler, root: Path) -> Iterator[tuple[int, int, int]]:
-    """Of the rows that training would take: it sets aside what the chat template refuses."""
+    """Of the rows that training would take: it sets aside what the chat template or the processor refuses."""
     for record in records:
         try:
             yield ruler.of(record, root)
@@ -180,7 +180,7 @@ def _asked(sample: _Sample, ruler: Ruler, annotated: Mapping[Kind, Rows], image_
         records = [r for r in sample.records["unlabeled"] if r.kind in kinds][:SAMPLE]
         for kind in kinds:
             known = annotated.get(kind, _assumed_rows(kind, image_tokens))
-            lengths = [ruler.of(_worded(record, kind), sample.root) for record in records]
+            lengths = list(_lengths((_worded(record, kind) for record in records), ruler, sample.root))
             text, image = (mean(length[i] for length in lengths) for i in (0, 1))
             found[kind] = replace(known, text=text, image=image) if lengths else known
     return found

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families import build
 from formats import BAD, BAD_ROWS, FORMATS, GOOD, ROWS, Plain, qa, save_images
 from PIL import Image
 
@@ -61,6 +63,44 @@ def test_lengths_are_those_of_training(tmp_path: Path, encoder: ChatEncoder) -> 
         wanted.append(encoder.example(record.messages, encoder.pixels(pictures) if pictures else None, 10**6))
     assert found.lengths.of == [len(example) for example in wanted]
     assert found.lengths.responses == [sum(label >= 0 for label in example.labels) for example in wanted]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2.5-VL in everything but size."""
+    return build("qwen2_5_vl", tmp_path_factory.mktemp("models") / "qwen").folder
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_a_picture_that_the_model_s_processor_refuses_is_set_aside_as_in_training(
+    every: bool, tmp_path: Path, qwen: Path
+) -> None:
+    Image.new("RGB", (2500, 10)).save(tmp_path / "ribbon.png")
+    rows = [*GOOD, qa("ribbon", ("a.png", "ribbon.png"), "<image><image>\nSame?", "no")]
+    found = looked_at(tmp_path, rows, model=str(qwen), every=every)
+    assert (found.read, found.usable, found.bad) == (len(rows), len(GOOD), 0)
+    assert not found.too_many_bad, "the data step reads it, so no run stops there"
+    [aside] = found.intake.rejected
+    assert (aside.id, aside.row, aside.problem) == ("ribbon", len(rows), "model")
+    assert aside.reason.startswith("image 'ribbon.png', 2500 x 10 pixels: Qwen2_5_VLProcessor refuses it (absolute")
+    assert aside.fix.startswith("crop the picture")
+    encoder = ChatEncoder(load_processor(ModelSource(str(qwen))))
+    record = next(read_annotated(tmp_path / "rows.jsonl", tmp_path, ImageHeaders(LIMIT), Intake()))
+    record = replace(record, images=("ribbon.png",))
+    reasons: list[str] = []
+    trained = RecordSource("x", [record], ImageTensors(tmp_path, encoder, LIMIT), encoder, LIMIT,
+                           lambda _, id, reason: reasons.append(reason))  # fmt: skip
+    with pytest.raises(ChatError):
+        trained.row(0)
+    assert reasons == [aside.reason.partition(": ")[2] + "; " + aside.fix]
+
+
+def test_pictures_that_the_model_s_processor_refuses_are_no_requests(tmp_path: Path, qwen: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    Image.new("RGB", (10, 2500)).save(tmp_path / "pool" / "ribbon.png")
+    found = check(tmp_path / "pool", Options(unlabeled=True, model=str(qwen)))
+    assert [(row.row, row.problem) for row in found.intake.rejected] == [(1, "model")]
+    assert found.too_many_bad, "nothing is left"
 
 
 @pytest.mark.parametrize("every", [False, True])
