@@ -13,7 +13,7 @@ from sicog_exp.store import Artifact, Step, Workplace, file_checksum
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """What makes up a model: weights, configuration, tokenizer and processor; a card can be edited freely."""
-DATA_REVISION = 2
+DATA_REVISION = 3
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sicog_exp import prompts
 from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError, ImageInputs
 from sicog_exp.data.formats import DataError, default_root, exists, is_hub
 from sicog_exp.data.images import ImageError, ImageHeaders, open_bytes, open_image
-from sicog_exp.data.readers import SET_ASIDE, BadRow, Intake, read_annotated, read_unlabeled
+from sicog_exp.data.readers import SET_ASIDE, BadRow, Intake, no_rows, read_annotated, read_unlabeled
 from sicog_exp.recipe import DataConfig, StageConfig
 from sicog_exp.records import Message, Record, conversation
 
@@ -150,6 +150,8 @@ def check(source: Path, options: Options) -> Findings:
         drawing = looks.setdefault(record.kind, Drawing(SHOWN))
         if drawing.wants_next():
             drawing.put(Look(record, {name: headers.latest.get(name) for name in record.images}))
+    if not found.read:
+        raise no_rows(source)
     counter.finish()
     found.images = len(headers.sizes)
     found.shown = [_show(look, root, encoder, options) for drawing in looks.values() for look in drawing.items]

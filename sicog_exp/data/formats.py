@@ -28,6 +28,11 @@ SHARDS = (".tar", ".parquet")
 """Files that a folder of shards is made of."""
 IMAGE_ENDINGS = (*(suffix[1:] for suffix in SUFFIXES.values()), "jpeg")
 IMAGE_SUFFIXES = tuple(f".{ending}" for ending in IMAGE_ENDINGS)
+OTHER_PICTURES = (".avif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jxl", ".mpo", ".pgm", ".ppm", ".svg",
+                  ".tga", ".tif", ".tiff")  # fmt: skip
+"""Further suffixes of pictures: such a file is opened, and a format that is not decoded is said."""
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""Values of a key that says nothing, as rows of a table have that lack what others hold."""
 MOST_SHARDS = 1_000_000
 """Numbers that a brace pattern may count."""
 PIECE = 1 << 20
@@ -81,13 +86,18 @@ def _reader_of(path: Path) -> Reader:
         return hub_rows
     if path.is_dir():
         return saved_rows
-    if path.suffix not in READERS:
+    if suffix_of(path) not in READERS:
         raise DataError(f"{path}: unknown kind of file; use {', '.join(READERS)}, a saved datasets directory, a folder "
                         "or brace pattern of shards, or hub:OWNER/NAME")  # fmt: skip
-    return READERS[path.suffix]
+    return READERS[suffix_of(path)]
 
 
 # Sources.
+
+
+def suffix_of(path: Path) -> str:
+    """In lower case: cameras and Windows write .JPG and .JSONL."""
+    return path.suffix.lower()
 
 
 def is_hub(source: Path) -> bool:
@@ -101,8 +111,9 @@ def is_saved(folder: Path) -> bool:
 
 def is_shard_folder(folder: Path) -> bool:
     """Whether an unlabeled folder is one of shards: with an image file in it, it is a folder of images."""
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in (*SHARDS, *IMAGE_SUFFIXES)]
-    return bool(files) and all(path.suffix in SHARDS for path in files)
+    files = [path for path in folder.rglob("*") if suffix_of(path) in (*SHARDS, *IMAGE_SUFFIXES)
+             and not is_hidden(path, folder)]  # fmt: skip
+    return bool(files) and all(suffix_of(path) in SHARDS for path in files)
 
 
 def exists(source: Path) -> bool:
@@ -134,14 +145,27 @@ def parts_of(source: Path) -> list[tuple[str, Path]]:
 
 
 def _shards_in(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix in SHARDS and path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))  # fmt: skip
-    kinds = sorted({path.suffix for path in found})
+    found = sorted(path for path in folder.rglob("*") if suffix_of(path) in SHARDS and path.is_file()
+                   and not is_hidden(path, folder))  # fmt: skip
+    kinds = {suffix_of(path) for path in found}
     if len(kinds) != 1:
         held = "both .parquet and .tar shards" if kinds else "neither shards (.tar, .parquet) nor a saved dataset"
         raise DataError(f"{folder}: a folder with {held}; name a file of rows or a pattern such as "
                         "part-{000..009}.tar")  # fmt: skip
     return found
+
+
+def pictures_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a folder of images that may be pictures, and those that are none: hidden, or of another suffix."""
+    files = sorted(file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
+    pictures = [file for file in files if not is_hidden(file, folder)
+                and (not file.suffix or suffix_of(file) in (*IMAGE_SUFFIXES, *OTHER_PICTURES))]  # fmt: skip
+    return pictures, sorted(set(files).difference(pictures))
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether the name of a file, or of a folder on the way to it, begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def expand(pattern: Path) -> list[Path]:
@@ -473,7 +497,7 @@ def _shard_images(key: str, row: dict[str, Any], images: list[_Member]) -> dict[
     Where json names them, the names decide about their order; one name for one member needs no match.
     """
     _check_parts(key, row)
-    values = [row[name] for name in ("images", "image") if row.get(name) is not None]
+    values = [row[name] for name in ("images", "image") if row.get(name) not in NOTHING]
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     if len(names) > 1 or (names and len(images) != 1):
         known = {name: member.content for member in images for name in _names_of(key, member)}

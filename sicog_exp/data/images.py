@@ -48,8 +48,14 @@ def _shown(name: str) -> str:
     return repr(short)
 
 
+def local_name(name: str) -> str:
+    """The path in file:///..., Qwen's usual form; any other name as it is."""
+    return re.sub(r"(?i)^file://(?=/)", "", name)
+
+
 def resolve(root: Path, name: str) -> Path:
     """The real path of an image under `root`. Raises ImageError for URLs, missing files and paths out of the root."""
+    name = local_name(name)
     if re.match(r"(?i)[a-z][a-z0-9+.-]*://|data:|file:", name):
         raise ImageError(name, "is a URL, and no URL in data is fetched", "download it and name the file")
     if not name:

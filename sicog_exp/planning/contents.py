@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError
-from sicog_exp.data.formats import BadRow, default_root, exists, found_rows, is_hub
-from sicog_exp.data.images import IMAGES, SUFFIXES, ImageError, ImageFolder, open_image
+from sicog_exp.data.formats import BadRow, default_root, exists, found_rows, is_hub, pictures_in
+from sicog_exp.data.images import IMAGES, ImageError, ImageFolder, open_image
 from sicog_exp.data.readers import as_chat, holds_images, infer_kind, make_record, parse_row, words_of
 from sicog_exp.data.sources import build_dataset
 from sicog_exp.prompts import CAPTION_KINDS, KINDS, REASONING_KINDS, Kind, prompt, question_of
@@ -271,8 +271,7 @@ def _read_unlabeled(path: Path, config: DataConfig, sample: _Sample, pictures: I
 def _requests(path: Path) -> Iterator[tuple[Any, str]]:
     """(image, question) of every unlabeled row or file; the question is empty where a caption is asked for."""
     if holds_images(path):
-        files = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in (*SUFFIXES.values(), ".jpeg"))
-        yield from ((str(file.relative_to(path)), "") for file in files)
+        yield from ((str(file.relative_to(path)), "") for file in pictures_in(path)[0])
         return
     for found in found_rows(path):
         try:

@@ -118,6 +118,18 @@ def test_ids_and_parts_of_shards(tmp_path: Path) -> None:
     assert [record.id for record in records] == ["x-000001", "y-000001"]
 
 
+@pytest.mark.parametrize("nothing", ["", None, []])
+def test_a_shard_s_row_without_an_image_may_say_so(nothing: Any, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "yo"}]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        content = json.dumps({"image": nothing, "conversations": turns}).encode()
+        info = tarfile.TarInfo("1.json")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    records, intake = read(tmp_path / "x.tar", tmp_path / "out")
+    assert ([record.kind for record in records], intake.rejected) == (["text"], [])
+
+
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("part", [{"path": "beside.png"}, {"image": {"path": "beside.png"}},
                                   {"type": "image_url", "image_url": {"url": "beside.png"}}])  # fmt: skip

@@ -138,6 +138,11 @@ def test_requests_are_read_without_responses(tmp_path: Path) -> None:
     save_images(folder)
     pictures = check(folder, Options(unlabeled=True))
     assert (pictures.read, pictures.usable, pictures.bad, pictures.images) == (4, 3, 1, 3)
+    (folder / "labels.csv").touch()
+    (folder / ".DS_Store").touch()
+    said = "\n".join(summary(check(folder, Options(unlabeled=True))))
+    assert "4 rows read" in said
+    assert "left out  2 files that are no pictures: hidden 1, .csv 1" in said
 
 
 def test_pixels_are_decoded_where_asked(tmp_path: Path) -> None:
@@ -250,7 +255,8 @@ def test_the_command_ends_with_1_where_too_many_rows_are_bad(
     assert main(["data", "check", str(source), "data.max_bad_share=0.9", "--out", "other.html"]) == 0
     assert Path("other.html").is_file()
     source.write_text("")
-    assert main(["data", "check", str(source)]) == 1
+    assert main(["data", "check", str(source)]) == 2
+    assert f"{source}: holds no rows or images; name a file" in capsys.readouterr().err
 
 
 def test_mistakes_at_the_command_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def test_other_formats_are_refused(tmp_path: Path, format: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["http://example.org/a.png", "HTTPS://example.org/a.png", "file:///etc/passwd", "file:a.png", "s3://bucket/a.png",
+    ["http://example.org/a.png", "HTTPS://example.org/a.png", "file://host/a.png", "file:a.png", "s3://bucket/a.png",
      "data:image/png;base64,AAAA"],
 )  # fmt: skip
 def test_a_url_is_never_fetched(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +103,14 @@ def test_no_path_leaves_the_root(tmp_path: Path, name: str) -> None:
         open_image(root, name, LIMIT)
     with pytest.raises(ImageError, match="outside the data root"):
         open_image(root, str(tmp_path / "outside.png"), LIMIT)
+    with pytest.raises(ImageError, match="outside the data root"):
+        open_image(root, (tmp_path / "outside.png").as_uri(), LIMIT)
+
+
+def test_a_file_s_address_under_the_root_is_its_path(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    for address in (f"file://{tmp_path}/a.png", f"FILE://{tmp_path}/a.png"):
+        assert open_image(tmp_path, address, LIMIT).size == (8, 6)
 
 
 def test_a_link_inside_the_root_is_fine(tmp_path: Path) -> None:
