@@ -366,9 +366,11 @@ def _check_data(args: argparse.Namespace) -> int:
     quiet_libraries()
     from sicog_exp.data.check import Options, check
     from sicog_exp.data.preview import show, write_page
+    from sicog_exp.progress import RowsBar
 
-    found = check(Path(args.file).expanduser(), Options(config, args.model, args.max_length, args.unlabeled,
-                                                        args.images == "all", args.tokens == "all"))  # fmt: skip
+    options = Options(config, args.model, args.max_length, args.unlabeled, args.images == "all", args.tokens == "all")
+    with RowsBar(console(), f"reading {Path(args.file).name}") as bar:
+        found = check(Path(args.file).expanduser(), options, bar)
     listing = args.out.with_suffix(".rejected.jsonl") if found.intake.rejected else None
     write_page(found, args.out)
     if listing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sicog_exp import prompts
 from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError, ImageInputs
-from sicog_exp.data.formats import DataError, default_root, exists, is_hub
+from sicog_exp.data.formats import DataError, Reading, default_root, exists, is_hub
 from sicog_exp.data.images import ImageError, ImageHeaders, open_bytes, open_image
 from sicog_exp.data.readers import SET_ASIDE, BadRow, Intake, no_rows, read_annotated, read_unlabeled
 from sicog_exp.recipe import DataConfig, StageConfig
@@ -126,7 +126,7 @@ class Findings:
         return self.bad > self.options.data.max_bad_share * self.read or not self.usable
 
 
-def check(source: Path, options: Options) -> Findings:
+def check(source: Path, options: Options, watch: Callable[[Reading], None] | None = None) -> Findings:
     """Read the whole source. Raises DataError where it cannot be read, ModelError where the processor cannot."""
     if not exists(source):
         raise DataError(f"{source}: no such file or folder; correct the path")
@@ -135,7 +135,7 @@ def check(source: Path, options: Options) -> Findings:
     started = time.perf_counter()
     headers = ImageHeaders(options.data.max_pixels, options.decode)
     counter = TokenCounter(encoder, options.max_length or min(StageConfig().max_length, limit), options.every)
-    found = Findings(source, options, Intake(), counter.lengths)
+    found = Findings(source, options, Intake(reading=Reading(watch)), counter.lengths)
     looks: dict[str, Drawing[Look]] = {}
     for record in _records(source, root, options, headers, found.intake):
         sizes = {name: headers.sizes[name] for name in record.images}

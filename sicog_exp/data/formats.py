@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -57,11 +58,51 @@ class BadRow(Exception):
         self.problem, self.reason, self.fix, self.id = problem, reason, fix, id
 
 
-Reader = Callable[[Path], Iterator[tuple[int, Any]]]
+@dataclass
+class Reading:
+    """How far a source has been read; who watches is told at each row."""
+
+    watch: Callable[[Reading], None] | None = None
+    rows: int = 0
+    """Of all parts so far."""
+    row: int = 0
+    """Number of the latest row in its part."""
+    _passed: float = 0.0
+    _part: float = 1.0
+    _of_part: Callable[[], float] | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Of the whole source, by bytes; None where that is unknown."""
+        if self._of_part:
+            return self._passed + self._part * self._of_part()
+        return self._passed or None
+
+    def enter(self, passed: float, part: float) -> None:
+        """The next part: the shares of all bytes that lie before it, and that are its own."""
+        self._passed, self._part, self._of_part = passed, part, None
+
+    def follow(self, stream: IO[bytes]) -> None:
+        """The part is read from this stream."""
+        size = max(os.fstat(stream.fileno()).st_size, 1)
+        self._of_part = lambda: stream.tell() / size
+
+    def expect(self, rows: int) -> None:
+        """The part has so many rows."""
+        self._of_part = lambda: self.row / max(rows, 1)
+
+    def at(self, row: int) -> None:
+        self.row, self.rows = row, self.rows + 1
+        if self.watch:
+            self.watch(self)
+
+
+Reader = Callable[[Path, Reading], Iterator[tuple[int, Any]]]
 """The protocol: (row number from 1, parsed row or BadRow) of a file, in order, holding a few rows at a time.
 
 Raises DataError, naming file and fix, where the file as a whole cannot be read; no row is passed over in silence.
-Every reader passes `tests/contract/test_readers.py`.
+A reader says by what it is known how far it is: its stream, or the number of its rows. Every one passes
+`tests/contract/test_readers.py`.
 """
 
 
@@ -74,11 +115,18 @@ class Found:
     raw: Any
 
 
-def found_rows(source: Path) -> Iterator[Found]:
+def found_rows(source: Path, reading: Reading | None = None) -> Iterator[Found]:
     """All rows of a source. Raises DataError where it, or one of its parts, cannot be read as a whole."""
-    for part, path in parts_of(source):
-        for row, raw in _reader_of(path)(path):
+    reading = reading or Reading()
+    parts = [(part, path, path.stat().st_size if path.is_file() else 1) for part, path in parts_of(source)]
+    passed, total = 0, max(sum(size for _, _, size in parts), 1)
+    for part, path, size in parts:
+        reading.enter(passed / total, size / total)
+        for row, raw in _reader_of(path)(path, reading):
+            reading.at(row)
             yield Found(part, row, raw)
+        passed += size
+    reading.enter(1.0, 0.0)
 
 
 def _reader_of(path: Path) -> Reader:
@@ -188,9 +236,10 @@ def _choices(inside: str) -> list[str]:
 # JSON.
 
 
-def line_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def line_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """One JSON object a line; the row number is the line's, blank lines are no rows."""
     with file.open("rb") as stream:
+        reading.follow(stream)
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield number, _json_row(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
@@ -205,16 +254,17 @@ def _json_row(text: bytes) -> Any:
         return BadRow("json", f"malformed JSON: {error}", "write one JSON object a line")
 
 
-def json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """The items of one big list, or, where the file does not begin with one, its lines."""
     with file.open("rb") as stream:
         is_list = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    return _list_rows(file) if is_list else line_rows(file)
+    return _list_rows(file, reading) if is_list else line_rows(file, reading)
 
 
-def _list_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def _list_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """Broken JSON inside a list cannot be skipped: DataError."""
     with file.open("rb") as stream:
+        reading.follow(stream)
         text, number = _JsonText(file, stream), 0
         text.take("[")
         while text.next_sign() != "]":
@@ -289,18 +339,19 @@ class _JsonText:
 # Arrow.
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def parquet_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """Rows of a Parquet file; images stay bytes or names, so that only our own image code opens them."""
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file) as table:
+            reading.expect(table.metadata.num_rows)
             yield from enumerate(_arrow_rows(table.iter_batches(ROWS_PER_BATCH)), 1)
     except Exception as error:  # the library raises whatever its readers meet
         raise DataError(f"{file}: unreadable Parquet ({_short(error)}); write it again") from None
 
 
-def saved_rows(directory: Path) -> Iterator[tuple[int, Any]]:
+def saved_rows(directory: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """Rows of a saved `datasets` directory, undecoded."""
     import datasets
 
@@ -308,6 +359,7 @@ def saved_rows(directory: Path) -> Iterator[tuple[int, Any]]:
         data = datasets.load_from_disk(str(directory))
         if isinstance(data, datasets.DatasetDict):
             raise DataError(f"{directory}: holds the splits {', '.join(data)}; name one of their folders")
+        reading.expect(len(data))
         yield from enumerate(_arrow_rows(data.with_format("arrow").iter(ROWS_PER_BATCH)), 1)
     except DataError:
         raise
@@ -329,8 +381,9 @@ def _short(error: Exception) -> str:
 # The hub.
 
 
-def hub_rows(source: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of `hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]` as they arrive, undecoded; the split is train."""
+def hub_rows(source: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
+    """Rows of `hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]` as they arrive, undecoded; the split is train. How many will
+    come is not known."""
     owner_and_name, config, revision, split = hub_parts(source)
     try:
         yield from enumerate(streamed(owner_and_name, config, revision, split), 1)
@@ -374,7 +427,7 @@ def _unreachable(source: Path, error: Exception) -> DataError:
 # WebDataset shards.
 
 
-def shard_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def shard_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """Rows of a .tar shard: neighbouring members whose paths agree up to the name's first dot make up one row.
 
     Raises DataError where the archive breaks off or goes on behind its end: the rows there would be lost in silence.
@@ -383,6 +436,7 @@ def shard_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         with file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            reading.follow(stream)
             for number, (key, members) in enumerate(groupby(_members(tar), lambda member: member.key), 1):
                 yield number, _shard_row(f"{file.stem}/{key}", key, list(members))
             _check_end(stream, tar.offset)

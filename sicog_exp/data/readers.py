@@ -21,6 +21,7 @@ from sicog_exp.data.formats import (
     BadRow,
     DataError,
     Found,
+    Reading,
     found_rows,
     is_hidden,
     is_hub,
@@ -40,9 +41,8 @@ UNREAD = {"video": "show frames as images", "videos": "show frames as images",
           "audio": "write down what is said", "audios": "write down what is said",
           "tools": "remove the tools, and the turns that call them"}  # fmt: skip
 """Keys that change what a row means and that no model here is shown -> the fix."""
-FOREIGN_MARKS = {r"<img>.*?</img>": f"write {IMAGE_PLACEHOLDER} there and name the file under image or images",
-                 r"<video>(?!.*</video>)": UNREAD["video"], r"<audio>(?!.*</audio>)": UNREAD["audio"]}  # fmt: skip
-"""How other formats show something inside a user's words (not so HTML with its end) -> the fix."""
+FOREIGN_MARK = re.compile(r"<img>.*?</img>|<(video|audio)>(?!.*</\1>)", re.DOTALL)
+"""How other formats show something inside a user's words; HTML has an end."""
 SHORT_ANSWER_WORDS = 12
 """A longer response to a prompt without a question mark counts as a detailed description."""
 SET_ASIDE = ("repeated", "held out")
@@ -83,6 +83,8 @@ class Intake:
     """Rows whose prompt was replaced by the prompt table's wording, by source."""
     renamed: Counter[str] = field(default_factory=Counter)
     """Rows whose id other rows have too, and which got a number behind it, by source."""
+    reading: Reading = field(default_factory=Reading)
+    """How far the source is, whose rows are being looked at."""
     origin: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
     """(record's source, id) -> part and row of its file."""
 
@@ -159,17 +161,16 @@ def parse_row(raw: Any, default_id: str) -> Row:
 
 def _check_keys(raw: dict[str, Any]) -> None:
     for key, fix in UNREAD.items():
-        if raw.get(key) not in (*NOTHING, "[]"):  # tools may be text
+        if raw.get(key) and raw[key] != "[]":  # some write tools as text
             raise BadRow("keys", f"the row has {key}, which no model here is shown", fix)
 
 
 def _check_marks(turns: tuple[Message, ...]) -> None:
     """A mark that is not ours would train as plain words, and what it shows would be lost."""
-    for turn in turns:
-        for mark, fix in FOREIGN_MARKS.items() if turn.role == "user" and "<" in turn.content else ():
-            found = re.search(mark, turn.content, re.DOTALL)
-            if found:
-                raise BadRow("placeholder", f"{found[0]!r:.80} in a user's words shows nothing here", fix)
+    for mark in (FOREIGN_MARK.search(turn.content) for turn in turns if turn.role == "user"):
+        if mark:
+            fix = UNREAD[mark[1]] if mark[1] else f"write {IMAGE_PLACEHOLDER} there and name the file under image"
+            raise BadRow("placeholder", f"{mark[0]!r:.80} in a user's words shows nothing here", fix)
 
 
 def _in_front(turns: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -375,7 +376,7 @@ T = TypeVar("T")
 
 def _each(file: Path, intake: Intake, make: Callable[[Any, Found], T]) -> Iterator[T]:
     """`make(raw, found)` of every row of a source; rows that raise BadRow are set aside."""
-    for found in found_rows(file):
+    for found in found_rows(file, intake.reading):
         intake.read[_printable(str(file))] += 1
         raw = found.raw
         try:
@@ -479,7 +480,9 @@ def _read_folder(path: Path, folder: Images, intake: Intake, limit: int, seed: i
         intake.unused[_printable(str(path))] += len(files) - limit
         files = [files[i] for i in sorted(np.random.default_rng(seed).permutation(len(files))[:limit])]
     seen: dict[str, Path] = {}
+    intake.reading.expect(len(files))
     for number, file in enumerate(files, 1):
+        intake.reading.at(number)
         intake.read[_printable(str(path))] += 1
         name = str(file.relative_to(path))
         try:

@@ -129,6 +129,19 @@ def test_rows_over_the_limit_are_those_that_training_cuts_or_sets_aside(
     assert aside
 
 
+def test_a_check_tells_how_far_it_is_over_bad_rows_and_pictures_too(tmp_path: Path) -> None:
+    save_images(tmp_path)
+    told: list[tuple[int, float | None]] = []
+    check(FORMATS["Parquet"](tmp_path, ROWS), Options(), lambda reading: told.append((reading.rows, reading.share)))
+    assert told == [(i, i / len(ROWS)) for i in range(1, len(ROWS) + 1)]
+    told.clear()
+    (tmp_path / "pool").mkdir()
+    save_images(tmp_path / "pool")
+    options = Options(unlabeled=True)
+    check(tmp_path / "pool", options, lambda reading: told.append((reading.rows, reading.share)))
+    assert told == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+
+
 def test_requests_are_read_without_responses(tmp_path: Path) -> None:
     found = looked_at(tmp_path, [qa("1", ("a.png",), "<image>\nWhat?"), qa("2", ("b.png",), "<image>")], unlabeled=True)
     assert (found.usable, found.bad, dict(found.kinds)) == (2, 0, {"cot": 1, "cod": 1})

@@ -445,7 +445,7 @@ def test_marks_of_qwen_vl_say_what_to_write_instead(tmp_path: Path) -> None:
     row = _turns(("user", "Picture 1: <img>a.jpg</img>\nWhat?"), ("assistant", "cat"))({"id": "a"})
     _, intake = read_all(tmp_path, write_lines(tmp_path / "rows.jsonl", [row]))
     assert "<img>a.jpg</img>" in intake.rejected[0].reason
-    assert intake.rejected[0].fix == "write <image> there and name the file under image or images"
+    assert intake.rejected[0].fix == "write <image> there and name the file under image"
 
 
 @pytest.mark.parametrize("nothing", ["", None, []])
