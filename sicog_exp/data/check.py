@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -136,7 +136,7 @@ def check(source: Path, options: Options, watch: Callable[[Reading], None] | Non
     headers = ImageHeaders(options.data.max_pixels, options.decode)
     counter = TokenCounter(encoder, options.max_length or min(StageConfig().max_length, limit), options.every)
     found = Findings(source, options, Intake(reading=Reading(watch)), counter.lengths)
-    looks: dict[str, Drawing[Look]] = {}
+    looks: dict[str, Drawing[Look]] = defaultdict(lambda: Drawing(SHOWN))
     for record in _records(source, root, options, headers, found.intake):
         sizes = {name: headers.sizes[name] for name in record.images}
         refusal = _refusal(sizes, counter.images)
@@ -147,7 +147,7 @@ def check(source: Path, options: Options, watch: Callable[[Reading], None] | Non
         found.kinds[record.kind] += 1
         found.turns[sum(message.role == "user" for message in record.messages)] += 1
         counter.add(record, tuple(sizes[name] for name in record.images))
-        drawing = looks.setdefault(record.kind, Drawing(SHOWN))
+        drawing = looks[record.kind]
         if drawing.wants_next():
             drawing.put(Look(record, {name: headers.latest.get(name) for name in record.images}))
     if not found.read:

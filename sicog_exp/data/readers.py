@@ -191,18 +191,21 @@ def _id(raw: dict[str, Any], default: str) -> str:
 
 
 def _text(value: Any, what: str) -> str:
-    """A string; a number as text. What was whole before a table made it 2.0 is whole again."""
-    if isinstance(value, float) and math.isfinite(value):
-        value = int(value) if value.is_integer() else str(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
+    text = value if isinstance(value, str) else _spelled(value)
+    if text is None:
         raise BadRow("keys", f"{what} is {'missing' if value is None else type(value).__name__}", "make it a string")
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise BadRow("encoding", f"{what} is not UTF-8", "save the file as UTF-8") from None
-    return value
+    return text
+
+
+def _spelled(value: Any) -> str | None:
+    """A number as text, a whole one without the .0 that tables give it; None for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return str(int(value) if value == int(value) else value)
 
 
 def _optional_text(raw: dict[str, Any], key: str) -> str:
