@@ -3,12 +3,15 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling.py [--model DIR] [--images 32] [--threads 1]
     python benchmarks/sampling.py --shapes llava-qwen2-7b llava-qwen2-0.5b     # one GPU
 
-With `--shapes` models of random weights sample to the limit of new tokens (32 images x 8 in one batch, 256 tokens,
-unless said otherwise), on a GPU in bfloat16 and with captured steps too; rates are new tokens per second, and the bars
-of a GPU are named beside the ratios.
-
 Both sides open the same images, apply the same chat template and decode the same number of candidates to text. They
 take turns in one process (A B A B ...), so that load from elsewhere falls on both; the ratio is the median of pairs.
+
+With `--shapes` models of random weights sample to the limit of new tokens (32 images x 8 in one batch, 256 tokens,
+unless said otherwise), on a GPU in bfloat16 and with captured steps too; rates are new tokens per second, from opening
+the images to texts. Here one side takes all its turns before the next one begins, in a memory that holds the model
+alone: the buffers of one side would be in the other's way, and a GPU has no load from elsewhere. The first turn of each
+warms up. cuDNN, which plans attention anew for each length, is out of torch's attention for all of them, `generate`
+included. `--write benchmarks` keeps what is printed, with day, machine and versions.
 """
 
 from __future__ import annotations
@@ -17,19 +20,23 @@ import argparse
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from shapes import SHAPES
+from results import Results, verdict
+from shapes import SHAPES, wait
 from shapes import random_model as shaped_model
 
 from sicog_exp.data.chat import to_chat
 from sicog_exp.data.questions import questions
 from sicog_exp.data.scenes import make_scene, render, rng_for
 from sicog_exp.generation.engine import Decoding, Request
+from sicog_exp.generation.memory import give_back, out_of_memory
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.prompts import prompt
 from sicog_exp.records import user
@@ -52,7 +59,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--kind", choices=("cod", "dd", "cot", "direct"), default="cot")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="of the CPU; 1, with a GPU as many as torch takes")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="with --shapes: a dated file of results in it")
     options = parser.parse_args()
     options.batch = options.batch or (options.images if options.shapes else 16)
     options.max_new_tokens = options.max_new_tokens or (256 if options.shapes else 160)
@@ -114,7 +122,57 @@ def timed(sample: Callable[..., list[int]], *inputs: object) -> tuple[float, lis
     return len(lengths) / (time.perf_counter() - start), lengths
 
 
-BARS = {"llava-qwen2-7b": "at least 5, and 14,000 tokens/s", "llava-qwen2-0.5b": "at least 10"}
+BARS = {"llava-qwen2-7b": 5.0, "llava-qwen2-0.5b": 10.0}
+"""Times `generate`, on one H100."""
+AIM = {"llava-qwen2-7b": 14_000}
+"""Tokens per second."""
+SIDES: dict[str, Callable[..., list[int]]] = {"static cache": ours, "growing cache": ours, "generate": generate}
+
+
+def of_shape(shape: str, requests: Sequence[Request], options: argparse.Namespace, results: Results) -> None:
+    """Our two ways and `generate` on a model that never ends an answer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, processor = shaped_model(shape, device)
+    model.generation_config.eos_token_id = None
+    results.say(f"\n## {shape}\n\n{options.images} images x {options.candidates}, {options.batch} images a batch, "
+                f"{options.max_new_tokens} new tokens, T {options.temperature}, top-p {options.top_p}, median of "
+                f"{options.rounds}\n\n| | tokens/s | times generate | peak GB | notes |\n" + 5 * "|---" + "|")
+    found: dict[str, tuple[float, str]] = {}
+    for side in reversed(SIDES):  # ratios follow when generate is known
+        found[side] = of_side(side, model, processor, device, requests, options)
+        rate, notes = found[side]
+        results.say(f"| {side} | {rate:,.0f} | {rate / found['generate'][0]:.2f} | {notes} |")
+    rate = found["static cache"][0]
+    if shape in BARS:
+        results.say("\n" + verdict("times generate", rate / found["generate"][0], BARS[shape]))
+    if shape in AIM:
+        results.say(verdict("tokens/s, the aim", rate, AIM[shape]))
+
+
+def of_side(side: str, model: Any, processor: Any, device: str, requests: Sequence[Request],
+            options: argparse.Namespace) -> tuple[float, str]:  # fmt: skip
+    """(new tokens per second, the cells behind them); no number where memory is short."""
+    engine = TransformersEngine(model, processor, device, static_cache=side == "static cache")
+    engine.stops = torch.tensor(NEVER, device=device)
+    give_back()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    rates, notes = [], ""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            for i in range(options.rounds + 1):
+                decoding = Decoding(options.temperature, options.top_p, options.max_new_tokens, SEED + i, options.batch)
+                wait(device)
+                rates.append(tokens_per_second(SIDES[side], engine, requests, decoding))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            rates, notes = [], "out of memory"
+    notes = "; ".join([*filter(None, [notes, f"{engine.halved} halvings" if engine.halved else ""]),
+                       *(str(w.message) for w in warned if "static_cache" in str(w.message))])  # fmt: skip
+    peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device == "cuda" else ""
+    return statistics.median(rates[1:]) if rates[1:] else float("nan"), f"{peak} | {notes}"
 
 
 def tokens_per_second(sample: Callable[..., list[int]], *inputs: object) -> float:
@@ -123,39 +181,17 @@ def tokens_per_second(sample: Callable[..., list[int]], *inputs: object) -> floa
     return tokens / (time.perf_counter() - start)
 
 
-def of_shape(shape: str, requests: Sequence[Request], options: argparse.Namespace) -> None:
-    """Our two ways and `generate` on a model that never ends an answer."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = shaped_model(shape, device)
-    sides = {"static cache": (TransformersEngine(model, processor, device, static_cache=True), ours),
-             "growing cache": (TransformersEngine(model, processor, device), ours)}  # fmt: skip
-    sides["generate"] = (sides["growing cache"][0], generate)
-    for engine, _ in sides.values():
-        engine.stops = torch.tensor(NEVER, device=device)
-    model.generation_config.eos_token_id = None
-    rates: dict[str, list[float]] = {side: [] for side in sides}
-    for i in range(options.rounds + 1):
-        decoding = Decoding(options.temperature, options.top_p, options.max_new_tokens, SEED + i, options.batch)
-        for side, (engine, sample) in sides.items():
-            rate = tokens_per_second(sample, engine, requests, decoding)
-            if i:
-                rates[side].append(rate)
-    print(f"\n{shape} on {torch.cuda.get_device_name() if device == 'cuda' else 'a CPU'}, {options.images} images x "
-          f"{options.candidates}, {options.max_new_tokens} tokens; a GPU's bar: {BARS.get(shape, 'none')}")  # fmt: skip
-    for side, found in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(found, rates["generate"], strict=True))
-        print(f"{side:13s} {statistics.median(found):9.0f} tokens/s  {ratio:6.2f} times generate", flush=True)
-
-
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(options.threads)
+    if options.threads or not torch.cuda.is_available():
+        torch.set_num_threads(options.threads or 1)
     with tempfile.TemporaryDirectory() as name:
         if not options.shapes:
             return of_model(Path(name), options)
-        requests = make_requests(Path(name), options)
+        requests, results = make_requests(Path(name), options), Results("sampling", options.write)
         for shape in options.shapes:
-            of_shape(shape, requests, options)
+            of_shape(shape, requests, options, results)
+            give_back()
 
 
 def of_model(folder: Path, options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from sicog_exp.models.embedded import CHAT_TEMPLATE, build_tokenizer
+from sicog_exp.models.loading import plan_no_attention
 
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
           "image_size": 336, "patch_size": 14}  # fmt: skip
@@ -54,6 +55,7 @@ def random_model(shape: str, device: str) -> tuple[Any, LlavaProcessor]:
         tie_word_embeddings=text.get("tie_word_embeddings", False), pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    plan_no_attention()
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)

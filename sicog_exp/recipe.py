@@ -120,7 +120,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you say so."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
-    """Lightning precision for training, and the dtype of generation."""
+    """Lightning precision for training, and the dtype of generation. `bf16-true` rounds away most updates of full
+    fine-tuning at 1e-5; `bf16-mixed` does not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where training and generation run."""
     devices: int = 1

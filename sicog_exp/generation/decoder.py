@@ -7,30 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from sicog_exp.generation.drawing import draw, on_gpu
 from sicog_exp.generation.engine import Decoding
 
 GROWTH = 64
-"""Positions by which a full key/value buffer grows."""
-LIKELY_TOKENS = 64
-"""Nucleus sampling looks at so many tokens first, and sorts the whole vocabulary only where they are too few."""
+"""Positions by which a full key/value buffer grows on a CPU. On a GPU it has room for all that may come from the start:
+buffers of ever other sizes would leave gaps in its memory."""
 
 
 class GrowingLayer(DynamicLayer):
     """Keys and values of one layer in buffers with room ahead, so that a step writes one position and copies none."""
 
-    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, ahead: int) -> None:
         super().__init__()
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
         self._length = keys.shape[2]
-        self._buffers = [_with_room(keys, rows), _with_room(values, rows)]
+        self._buffers = [_with_room(keys, rows, ahead), _with_room(values, rows, ahead)]
         self._show()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -54,9 +53,9 @@ class GrowingLayer(DynamicLayer):
         return keys, values
 
 
-def _with_room(states: Tensor, rows: Tensor) -> Tensor:
+def _with_room(states: Tensor, rows: Tensor, ahead: int) -> Tensor:
     _, heads, length, width = states.shape
-    buffer = states.new_empty(len(rows), heads, length + GROWTH, width)
+    buffer = states.new_empty(len(rows), heads, length + ahead, width)
     buffer[:, :, :length] = states.index_select(0, rows)
     return buffer
 
@@ -83,21 +82,13 @@ class Prompts:
         return torch.repeat_interleave(torch.arange(len(counts), device=self.logits.device), repeats)
 
 
-class Steps(Protocol):
-    """One decoding step after another, over rows that each continue a prompt."""
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (R, V) behind these tokens (R,)."""
-        ...
-
-
 class GrowingSteps:
     """Steps over buffers that grow and shrink. The prompts' keys and values are copied to a row per candidate, not
     computed again."""
 
     def __init__(self, model: Callable[..., Any], prompts: Prompts, counts: Sequence[int], room: int) -> None:
-        rows = prompts.rows(counts)
-        layers: list[Any] = [GrowingLayer(layer.keys, layer.values, rows) for layer in prompts.cache.layers]  # type: ignore[union-attr, arg-type]
+        rows, ahead = prompts.rows(counts), room if on_gpu(prompts.logits) else GROWTH
+        layers: list[Any] = [GrowingLayer(layer.keys, layer.values, rows, ahead) for layer in prompts.cache.layers]  # type: ignore[union-attr, arg-type]
         self._model, self._cache = model, Cache(layers=layers)
         self._mask, self._positions = _mask_with_room(prompts.mask[rows], room), prompts.positions[rows]
         self._width, self._step = prompts.mask.shape[1], 0
@@ -110,6 +101,7 @@ class GrowingSteps:
         self._cache.batch_select_indices(rows)
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (R, V) behind these tokens (R,)."""
         step, self._step = self._step, self._step + 1
         return self._model(input_ids=tokens[:, None], attention_mask=self._mask[:, : self._width + step + 1],
                            position_ids=self._positions[:, None] + step, past_key_values=self._cache,
@@ -125,48 +117,26 @@ class Drawn:
     logprobs: Tensor
     stopped: Tensor
 
+    @classmethod
+    def nothing(cls, count: int, steps: int, device: torch.device) -> Drawn:
+        """Of so many candidates, before their first step."""
+        return cls(torch.zeros(count, steps, dtype=torch.long, device=device),
+                   torch.zeros(count, dtype=torch.long, device=device),
+                   torch.zeros(count, dtype=torch.float64, device=device),
+                   torch.zeros(count, dtype=torch.bool, device=device))  # fmt: skip
+
+    def each(self) -> list[Tensor]:
+        """Its tensors."""
+        return [self.tokens, self.lengths, self.logprobs, self.stopped]
+
+    def cpu(self) -> Drawn:
+        """The same on the CPU."""
+        return Drawn(*(tensor.cpu() for tensor in self.each()))
+
 
 def joined(parts: Sequence[Drawn]) -> Drawn:
     """The candidates of several batches as one, in order."""
-    return Drawn(*(torch.cat([getattr(part, name) for part in parts])
-                   for name in ("tokens", "lengths", "logprobs", "stopped")))  # fmt: skip
-
-
-def noise(seeds: Sequence[int], count: int) -> Tensor:
-    """Uniform numbers (len(seeds), count) in [0, 1): a row depends on its seed alone, a longer row begins the same."""
-    rows = [np.random.Generator(np.random.PCG64(seed)).random(count, dtype=np.float32) for seed in seeds]
-    return torch.from_numpy(np.stack(rows))
-
-
-def draw(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability under the untempered model; logits (R, V), uniforms (R)."""
-    logits = logits.float()
-    tokens = logits.argmax(-1) if decoding.temperature == 0 else _drawn(logits, uniforms, decoding)
-    return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def _drawn(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:
-    probabilities = torch.softmax(logits / decoding.temperature, dim=-1)
-    return nucleus(probabilities, uniforms, decoding.top_p) if decoding.top_p < 1 else _inverse(probabilities, uniforms)
-
-
-def _inverse(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The column at which the running sum passes `uniforms` times the row's sum; never one of probability 0."""
-    sums = probabilities.cumsum(-1)
-    total = sums[:, -1]
-    # rounding may lift u * total to total itself, behind which no column lies
-    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, target[:, None], right=True)[:, 0]
-
-
-def nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
-    """Draw from the smallest set of most likely tokens whose probability reaches `top_p`."""
-    count = probabilities.shape[-1]
-    values, order = probabilities.topk(min(LIKELY_TOKENS, count), dim=-1)
-    if values.shape[-1] < count and bool((values.sum(-1) < top_p).any()):
-        values, order = probabilities.sort(dim=-1, descending=True)
-    kept = torch.where(values.cumsum(-1) - values < top_p, values, 0.0)
-    return order.gather(1, _inverse(kept, uniforms)[:, None])[:, 0]
+    return Drawn(*map(torch.cat, zip(*(part.each() for part in parts), strict=True)))
 
 
 class Decoder:
@@ -178,37 +148,36 @@ class Decoder:
         # each look at finished rows stalls a GPU, where a few idle rows cost little; on a CPU every row costs
         self.look_every, self.worth = (1, 1 / 8) if on_cpu else (8, 1 / 2)
 
-    def run(self, steps: Steps, logits: Tensor, uniforms: Tensor) -> Drawn:
+    def run(self, steps: GrowingSteps, logits: Tensor, uniforms: Tensor) -> Drawn:
         """`logits` (C, V) stand behind the prompts, one row per candidate; `uniforms` (C, max_new_tokens) its noise."""
-        drawn = self._empty(len(uniforms), uniforms.device)
+        last = self.decoding.max_new_tokens - 1
+        drawn = Drawn.nothing(len(uniforms), last + 1, uniforms.device)
         rows = torch.arange(len(uniforms), device=uniforms.device)
-        for step in range(self.decoding.max_new_tokens):
-            tokens = self._record(drawn, rows, step, *draw(logits, uniforms[rows, step], self.decoding))
-            if step + 1 == self.decoding.max_new_tokens:
-                break
-            keep = self._survivors(drawn.stopped[rows], step)
+        for step in range(last + 1):
+            tokens = self.take(drawn, rows, step, logits, uniforms)
+            keep = self._survivors(drawn.stopped[rows], step) if step < last else rows[:0]
             if keep is not None:
                 if not len(keep):
                     break
-                if isinstance(steps, GrowingSteps):
-                    rows, tokens = rows[keep], tokens[keep]
-                    steps.keep(keep)
+                rows, tokens = rows[keep], tokens[keep]
+                steps.keep(keep)
             logits = steps(tokens)
         return drawn
 
-    def _empty(self, count: int, device: torch.device) -> Drawn:
-        tokens = torch.zeros(count, self.decoding.max_new_tokens, dtype=torch.long, device=device)
-        lengths = torch.zeros(count, dtype=torch.long, device=device)
-        logprobs = torch.zeros(count, dtype=torch.float64, device=device)
-        return Drawn(tokens, lengths, logprobs, torch.zeros(count, dtype=torch.bool, device=device))
+    def draws_like(self, other: Decoder) -> bool:
+        """Whether the other one draws in the same way, whatever its seed and batches."""
+        ways = [(d.temperature, d.top_p, d.max_new_tokens) for d in (self.decoding, other.decoding)]
+        return ways[0] == ways[1] and self.stops is other.stops
 
-    def _record(self, drawn: Drawn, rows: Tensor, step: int, tokens: Tensor, logprobs: Tensor) -> Tensor:
-        """Rows that stopped before keep what they have; what they draw until they are left out is not counted."""
+    def take(self, drawn: Drawn, rows: Tensor, step: int | Tensor, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Draw and record one token (R,) for each of `rows`, whose logits (R, V) these are. Rows that stopped before
+        keep what they have; what they draw until they are left out is not counted."""
+        tokens, logprobs = draw(logits, uniforms[rows, step], self.decoding)
         running = ~drawn.stopped[rows]
         drawn.tokens[rows, step] = tokens
         drawn.lengths[rows] += running
-        drawn.logprobs[rows] += torch.where(running, logprobs, 0.0)
-        drawn.stopped[rows] |= torch.isin(tokens, self.stops)
+        drawn.logprobs[rows] += logprobs.masked_fill(~running, 0.0)
+        drawn.stopped[rows] |= (tokens[:, None] == self.stops).any(-1)
         return tokens
 
     def _survivors(self, stopped: Tensor, step: int) -> Tensor | None:

@@ -16,16 +16,21 @@ class MemoryShortage(RuntimeError):
     """Not even a batch of one fits."""
 
 
+SHORTAGES = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Where torch says so in words alone: the processor's memory, a GPU's outside of torch's own, cuBLAS's workspace."""
+
+
 class Halving:
     """Computes a sequence of items at once, or in parts where memory is short.
 
     A size that failed is not tried again. `halved` counts the failures.
     """
 
-    def __init__(self, smaller: str) -> None:
-        """`smaller` says what a user can do where one item alone does not fit."""
+    def __init__(self, smaller: str, spare: Callable[[], bool] = lambda: False) -> None:
+        """`smaller` says what a user can do where one item alone does not fit. `spare` lets go of what can be made
+        again, and says whether there was any: then the same size is tried once more."""
         self.halved = 0
-        self._smaller = smaller
+        self._smaller, self._spare = smaller, spare
         self._most: int | None = None
 
     def run(self, compute: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
@@ -38,9 +43,10 @@ class Halving:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            self._note(len(items), error)
+            if not self._spare():
+                self._note(len(items), error)
         # Behind the handler, whose traceback holds the failed attempt's tensors.
-        _give_back()
+        give_back()
         return self.run(compute, items)
 
     def _note(self, size: int, error: Exception) -> None:
@@ -54,15 +60,16 @@ class Halving:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """torch has a class for a GPU's memory, and words for the processor's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether memory was short: torch has a class for most cases, and words for the others."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in SHORTAGES)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _give_back() -> None:
+def give_back() -> None:
+    """What nothing holds any more, to the system and the GPU."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -17,9 +17,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sicog_exp.data.chat import ChatEncoder, ImageInputs, join_images, to_chat
 from sicog_exp.generation.batched import BatchedEngine, opened_images
-from sicog_exp.generation.decoder import Decoder, Drawn, GrowingSteps, Prompts, joined, noise
+from sicog_exp.generation.decoder import Decoder, Drawn, GrowingSteps, Prompts, joined
+from sicog_exp.generation.drawing import noise
 from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Request, Sampled, candidate_seed
-from sicog_exp.generation.fixed import FixedSteps, fixed_problem
+from sicog_exp.generation.fixed import FixedDecoder, fixed_problem
 from sicog_exp.generation.memory import Halving
 from sicog_exp.generation.requests import EngineError, cut, keys_of
 from sicog_exp.models.families import GRIDS, image_features, positions, shares_features, token_types
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
     from sicog_exp.recipe import ModelConfig
 
-SMALLER = "lower sampling.max_new_tokens or model.image_pixels, set model.precision=bf16-true, or take a smaller model"
+SMALLER = "lower sampling.max_new_tokens or model.image_pixels, set model.precision=bf16-mixed, or take a smaller model"
+"""Either kind of bf16 halves the weights here; bf16-mixed leaves those that train whole."""
 LIKELIHOOD_BATCH = 32
 """Sequences per forward pass of `log_likelihood`."""
 
@@ -95,14 +97,14 @@ class TransformersEngine(BatchedEngine):
         self.stops = torch.tensor(sorted(_stop_ids(model, self.tokenizer)), device=self.device)
         self._max_pixels = max_pixels
         self._threads = threads if self.device.type == "cpu" else 1
-        self._sampling, self._scoring = Halving(SMALLER), Halving(SMALLER)
+        self._sampling, self._scoring = (Halving(SMALLER, self._drop_buffers) for _ in range(2))
         self._lengths: dict[tuple[Message, ...], int] = {}
         self._shares_features = shares_features(model)
         problem = fixed_problem(model) if static_cache else None
         if problem:
             warnings.warn(f"model.static_cache: {model.config.model_type} {problem}; it decodes as usual", stacklevel=2)
         self._static_cache = static_cache and not problem
-        self._fixed: FixedSteps | None = None
+        self._fixed: FixedDecoder | None = None
 
     @property
     def halved(self) -> int:
@@ -208,20 +210,26 @@ class TransformersEngine(BatchedEngine):
         decoder, room = Decoder(self.stops, prepared.decoding), prepared.decoding.max_new_tokens
         uniforms = prepared.uniforms.to(self.device)
         if self._static_cache:
-            fixed = self._fixed_steps(prompts, counts, room)
-            return decoder.run(fixed, fixed.load(prompts, counts), uniforms)
+            return self._run_fixed(decoder, prompts, counts, uniforms)
         growing = GrowingSteps(self.model, prompts, counts, room)
-        return decoder.run(growing, growing.logits, uniforms)
+        # Here and not where candidates are made of it: that thread would wait for the next batch, which runs by then.
+        return decoder.run(growing, growing.logits, uniforms).cpu()
 
-    def _fixed_steps(self, prompts: Prompts, counts: list[int], room: int) -> FixedSteps:
-        """The buffers, and with them the captured step, of the batch before where they fit; on a CPU, where batches run
-        side by side and nothing is captured, new ones."""
-        fixed = self._fixed
-        if fixed is None or not fixed.fits(prompts, counts, room):
-            self._fixed = fixed = None  # before new ones are made: there may be no room for both
-            fixed = FixedSteps(self.model, prompts, counts, room)
+    def _run_fixed(self, decoder: Decoder, prompts: Prompts, counts: list[int], uniforms: Tensor) -> Drawn:
+        """In the buffers, and by the captured step, of the batch before where they fit; on a CPU, where batches run
+        side by side and nothing is captured, in new ones. `_fixed` never holds those in use, which cannot be spared."""
+        fixed, self._fixed = self._fixed, None
+        if fixed is None or not fixed.fits(decoder, prompts, counts):
+            fixed = None  # before new ones are made: there may be no room for both
+            fixed = FixedDecoder(self.model, decoder, prompts, counts)
+        drawn = fixed.run(prompts, counts, uniforms).cpu()
         self._fixed = fixed if self.device.type == "cuda" else None
-        return fixed
+        return drawn
+
+    def _drop_buffers(self) -> bool:
+        """Lets go of the buffers of the batch before; whether there were any."""
+        dropped, self._fixed = self._fixed is not None, None
+        return dropped
 
     def _candidates(self, prepared: _Prepared, drawn: Drawn) -> list[Candidate]:
         keys = [key for request in prepared.batch for key in keys_of(request)]

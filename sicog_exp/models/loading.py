@@ -77,6 +77,7 @@ def load_model(source: ModelSource, dtype: str = "float32", **more: Any) -> tupl
                          "name") from error  # fmt: skip
     _check_whole(source.path, processor, loaded)
     _cap(source, model.config, processor)
+    plan_no_attention()
     return model.eval(), processor
 
 
@@ -94,6 +95,14 @@ def _options(source: ModelSource) -> dict[str, Any]:
     if silent and not isinstance(try_to_load_from_cache(source.path, "config.json"), str):
         raise ModelError(f"{source.path}: no such folder, and no hub to ask for it ({silent}); give the model's folder")
     return {**options, "local_files_only": bool(silent)}
+
+
+def plan_no_attention() -> None:
+    """Leaves cuDNN out of torch's own attention on a GPU. On a Hopper it is the first choice there, and plans anew for
+    each new shape, about half a second long: every step behind growing keys, every batch padded to another length."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _cap(source: ModelSource, config: PretrainedConfig, processor: Any) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, Lightning
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sicog_exp.data.mixture import Mixture, Row, collate, fill_bins, groups_of_bins, pack
+from sicog_exp.data.mixture import Mixture, MixtureError, Row, collate, fill_bins, groups_of_bins, pack
 from sicog_exp.interruption import Terminated
 from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.store import Workplace
@@ -39,11 +39,18 @@ class StepBatches(IterableDataset):
         self.first_step, self.rank, self.ranks = 0, 0, 1
         self._mixture, self._stage, self._pad_id = mixture, stage, pad_id
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]] | MixtureError]:
         worker, size = get_worker_info(), self._stage.batch_size
         place, stride = (worker.id, worker.num_workers) if worker else (0, 1)  # loaders take turns, in order
         for step in range(self.first_step + place, self._stage.steps, stride):
-            yield self.micro_batches(self._mixture.rows(step * size, size, self.rank, self.ranks))
+            try:
+                made = self.micro_batches(self._mixture.rows(step * size, size, self.rank, self.ranks))
+            except ValueError as error:
+                if not worker:
+                    raise
+                yield MixtureError(str(error))  # a loader's own way would bury these words in two tracebacks
+                return
+            yield made
 
     def micro_batches(self, rows: list[Row]) -> list[dict[str, Any]]:
         stage, micro = self._stage, self._stage.micro_batch_size
@@ -145,7 +152,10 @@ class StageData(LightningDataModule):
         self.batches.first_step = self.first_step
         if self.ranks > 1:
             self.batches.rank, self.batches.ranks = self.rank, self.ranks
-        ahead: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _begin_loading} if self.workers else {}
+        ahead: dict[str, Any] = {}
+        if self.workers:
+            # Persistent ones are those that Lightning ends when training fails.
+            ahead = {"prefetch_factor": 4, "worker_init_fn": _begin_loading, "persistent_workers": True}
         return DataLoader(self.batches, batch_size=None, num_workers=self.workers, **ahead)
 
 
@@ -202,17 +212,6 @@ def strategy_of(model: ModelConfig) -> tuple[Strategy | str, ClusterEnvironment]
     if model.strategy == "fsdp":
         return ModelParallelStrategy(model.ranks, 1, save_distributed_checkpoint=False), TorchElasticEnvironment()
     return DDPStrategy(find_unused_parameters=True), TorchElasticEnvironment()
-
-
-def whole_state(module: Stage) -> dict[str, torch.Tensor] | None:
-    """The module's weights on the CPU where ranks hold shards (collected by all, filled on the first), else None."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import FSDPModule
-
-    if not isinstance(module, FSDPModule):
-        return None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, torch.Tensor], get_model_state_dict(cast(Any, module), options=options))
 
 
 def runs_side_by_side(stage: StageConfig, model: ModelConfig) -> bool:

@@ -26,6 +26,7 @@ from sicog_exp.models.adapters import MARK, add_adapters
 from sicog_exp.models.families import packing_problem, token_types
 from sicog_exp.models.loading import decoder_layers, part_parameters
 from sicog_exp.recipe import StageConfig
+from sicog_exp.training.shards import shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +91,10 @@ class Stage(LightningModule):
     def drop_unreached(self, batch: Sequence[Mapping[str, Any]]) -> None:
         """A part that no row of the step reaches has no gradient, as in one process, and not one of zeros."""
 
-    def training_step(self, batch: Sequence[Mapping[str, Any]], batch_idx: int) -> None:
+    def training_step(self, batch: Sequence[Mapping[str, Any]] | Exception, batch_idx: int) -> None:
+        """One optimizer step; raises what a process that makes rows sent in place of them."""
+        if isinstance(batch, Exception):
+            raise batch
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
         terms = int(self.over_ranks(sum(self.terms(micro) for micro in batch))[0])
@@ -235,15 +239,12 @@ class SupervisedFineTuning(Stage):
         strategy = self.trainer.strategy
         if not isinstance(strategy, ModelParallelStrategy):
             return
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import register_fsdp_forward_method
 
         # Else a micro-batch of text alone would skip layers' gradients where those before them are frozen, and their
         # exchange with them: ranks would exchange different things at once.
         self.model.enable_input_require_grads()
-        mesh = strategy.device_mesh["data_parallel"]
-        for layer in decoder_layers(self.model):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self, mesh=mesh)
+        shard(self, decoder_layers(self.model), strategy.device_mesh["data_parallel"])
         register_fsdp_forward_method(self, "token_losses")
 
     def token_losses(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -281,6 +282,7 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
+        self._later: list[tuple[Sequence[str], Tensor]] = []
         self._adding = Lock()
 
     def add(self, name: str, total: float, count: int) -> None:
@@ -289,10 +291,26 @@ class Means:
             sums[0] += total
             sums[1] += count
 
+    def add_later(self, names: Sequence[str], sums: Tensor) -> None:
+        """(total, count) of each name, (names, 2), which stay where they were computed until they are logged."""
+        with self._adding:
+            self._later.append((names, sums))
+
+    def _collect(self) -> None:
+        """One transfer of all that was added for later."""
+        if not self._later:
+            return
+        names = [name for names, _ in self._later for name in names]
+        rows = torch.cat([sums for _, sums in self._later]).tolist()
+        self._later.clear()
+        for name, (total, count) in zip(names, rows, strict=True):
+            self.add(name, total, count)
+
     def log(self, module: Stage) -> None:
         """At every LOG_EVERY-th step: log what there is, over all ranks, and begin anew."""
         if module.global_step % LOG_EVERY:
             return
+        self._collect()
         sums = self._over_ranks(module.ranks)
         if module.logger:
             means = {name: total / max(count, 1) for name, (total, count) in sums.items()}
@@ -319,9 +337,11 @@ class MultimodalPretraining(SupervisedFineTuning):
 
     def batch_loss(self, micro_batch: Mapping[str, Any]) -> tuple[Tensor, int]:
         losses, samples = self.token_losses(micro_batch)
-        for sample, source in enumerate(micro_batch["sources"]):
-            own = losses.detach()[samples == sample]
-            self.means.add(f"loss_{source}", float(own.sum()), own.numel())
+        sources = micro_batch["sources"]
+        terms = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
+        # Nothing of it is looked at here: each look would wait for the GPU.
+        self.means.add_later([f"loss_{source}" for source in sources],
+                             terms.new_zeros(len(sources), 2).index_add_(0, samples, terms))  # fmt: skip
         return losses.sum(), losses.numel()
 
     def on_train_batch_end(self, *args: Any) -> None:

@@ -32,7 +32,7 @@ from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.fit import StageData, fit
 from sicog_exp.training.launch import launch
 from sicog_exp.training.modules import Means, SupervisedFineTuning
-from sicog_exp.training.stages import in_4bit, step_logger, trained_flops, trained_model
+from sicog_exp.training.stages import in_4bit, loaded, step_logger, trained_flops, trained_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -227,10 +227,8 @@ def _keep_reference(task: PreferenceTask, inputs: Mapping[str, Artifact], workpl
 
 def train(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """The stage in this process, which may be one rank of several, the reference being known then."""
-    loaded = ModelSource.of(inputs["model"].path, task.model)
-    model, processor = load_model(loaded, **in_4bit(task.stage))
-    if task.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    origin = ModelSource.of(inputs["model"].path, task.model)
+    model, processor = loaded(origin, task.stage, task.model)
     torch.manual_seed(task.seed)  # adapters start at random
     source = _pairs(task, inputs, ChatEncoder(processor), workplace.scratch)
     batches = PairBatches(source, task.stage, processor.tokenizer.pad_token_id, task.seed)
@@ -238,7 +236,7 @@ def train(task: PreferenceTask, inputs: Mapping[str, Artifact], workplace: Workp
     count = source.rows or 0
     batches.reference = reference_differences(module, batches, count, task.model, workplace)
     fit(module, StageData(batches), task.model, workplace, task.seed, step_logger(workplace))
-    whole = trained_model(module, loaded, task.stage)
+    whole = trained_model(module, origin, task.stage)
     if whole is None:
         return
     work, again = work_of(whole), task.model.gradient_checkpointing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,9 +31,10 @@ from sicog_exp.prompts import COD_TURNS, KINDS, Kind, steps_of
 from sicog_exp.recipe import CapsConfig, ModelConfig, StageConfig
 from sicog_exp.records import Record, read_jsonl, turns_conversation, write_jsonl
 from sicog_exp.store import Artifact, Workplace
-from sicog_exp.training.fit import StageData, StepBatches, fit, whole_state
+from sicog_exp.training.fit import StageData, StepBatches, fit
 from sicog_exp.training.launch import launch
 from sicog_exp.training.modules import MultimodalPretraining, SupervisedFineTuning
+from sicog_exp.training.shards import gather
 
 REVISION = 3
 SELF_SOURCES = ("self_caption", "self_cot", "self_direct")
@@ -182,9 +184,7 @@ def train(stage: str, data: MixtureData, workplace: Workplace) -> None:
     """The stage in this process, which may be one rank of several."""
     task, data.scratch = data.task, workplace.scratch
     source = ModelSource.of(data.inputs["model"].path, task.model)
-    model, data.processor = load_model(source, **in_4bit(task.stage))
-    if task.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model, data.processor = loaded(source, task.stage, task.model)
     torch.manual_seed(task.seed)  # adapters start at random
     module = MODULES[stage](model, task.stage)
     fit(module, data, task.model, workplace, task.seed, step_logger(workplace))
@@ -196,15 +196,22 @@ def train(stage: str, data: MixtureData, workplace: Workplace) -> None:
     save_model(whole, data.processor, workplace.directory)
 
 
+def loaded(source: ModelSource, stage: StageConfig, machine: ModelConfig) -> tuple[PreTrainedModel, Any]:
+    """A stage's model, as this process holds it before training, and its processor. Of ranks that train in shards the
+    first one alone reads weights."""
+    shapes_alone = machine.strategy == "fsdp" and int(os.environ["RANK"]) > 0
+    model, processor = load_model(source, **({"device_map": "meta"} if shapes_alone else in_4bit(stage)))
+    if machine.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, processor
+
+
 def trained_model(module: SupervisedFineTuning, source: ModelSource, stage: StageConfig) -> PreTrainedModel | None:
     """The model behind training, whole and without adapters; None on every rank but the first. All ranks must ask."""
-    state, model = whole_state(module), module.model
+    gather(module)
     if module.global_rank:
         return None
-    if state is not None:
-        model, _ = load_model(source)
-        SupervisedFineTuning(model, stage).to(module.model.dtype).load_state_dict(state)
-    return merged(model, source, stage) if stage.lora_rank else model
+    return merged(module.model, source, stage) if stage.lora_rank else module.model
 
 
 def trained_flops(facts: Mapping[str, float], work: Work, stage: StageConfig, again: bool) -> float:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from sicog_exp.generation.decoder import GrowingSteps, Prompts
+from sicog_exp.generation import drawing
+from sicog_exp.generation.decoder import Decoder, Drawn, GrowingSteps, Prompts
+from sicog_exp.generation.drawing import noise
 from sicog_exp.generation.engine import Decoding, Request
-from sicog_exp.generation.fixed import ROUND, FixedSteps
+from sicog_exp.generation.fixed import ROUND, FixedDecoder, FixedSteps
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.prompts import prompt
 from sicog_exp.records import Candidate, user
@@ -87,19 +94,151 @@ def test_buffers_serve_another_batch(model: Any, widths: tuple[int, int]) -> Non
     first, second = (prefilled(model, width, seed) for seed, width in enumerate(widths))
     fixed = FixedSteps(model, first, COUNTS, ROOM)
     steps_of(fixed, fixed.load(first, COUNTS))
-    assert fixed.fits(second, COUNTS, ROOM)
-    assert not fixed.fits(second, COUNTS, ROOM + ROUND)
-    assert not fixed.fits(second, [1, 1, 1], ROOM)
     growing = GrowingSteps(model, second, COUNTS, ROOM)
     ours = steps_of(fixed, fixed.load(second, COUNTS))
     torch.testing.assert_close(ours, steps_of(growing, growing.logits), atol=1e-4, rtol=1e-4)
 
 
+STOPS = torch.tensor([3, *range(40, 90)])
+DECODING = Decoding(1.5, 0.9, 12, 0, 8)
+
+
+def fixed_decoder(model: Any, prompts: Prompts) -> FixedDecoder:
+    with torch.inference_mode():
+        return FixedDecoder(model, Decoder(STOPS, DECODING), prompts, COUNTS)
+
+
+@torch.inference_mode()
+def both(model: Any, fixed: FixedDecoder, prompts: Prompts, seed: int) -> tuple[Drawn, Drawn]:
+    """What fixed and growing buffers draw behind the same prompts from the same noise."""
+    uniforms = noise(range(seed, seed + sum(COUNTS)), DECODING.max_new_tokens)
+    growing = GrowingSteps(model, prompts, COUNTS, DECODING.max_new_tokens)
+    wanted = Decoder(STOPS, DECODING).run(growing, growing.logits, uniforms)
+    return fixed.run(prompts, COUNTS, uniforms), wanted
+
+
+def assert_drawn_alike(found: Drawn, wanted: Drawn) -> None:
+    assert torch.equal(found.lengths, wanted.lengths)
+    assert torch.equal(found.stopped, wanted.stopped)
+    counts = torch.arange(DECODING.max_new_tokens) < found.lengths[:, None]
+    assert torch.equal(found.tokens[counts], wanted.tokens[counts])
+    torch.testing.assert_close(found.logprobs, wanted.logprobs, atol=1e-3, rtol=0)
+
+
+def test_which_batches_fit(model: Any) -> None:
+    """Other shapes do not, nor does what a captured step has as constants."""
+    prompts = prefilled(model, 9, 0)
+    fixed = fixed_decoder(model, prompts)
+    assert fixed.fits(Decoder(STOPS, Decoding(1.5, 0.9, 12, 7, 2)), prefilled(model, 14, 1), COUNTS)
+    assert not fixed.fits(Decoder(STOPS, DECODING), prompts, [1, 1, 1])
+    assert not fixed.fits(Decoder(STOPS.clone(), DECODING), prompts, COUNTS)
+    for other in (Decoding(1.0, 0.9, 12, 0, 8), Decoding(1.5, 1.0, 12, 0, 8), Decoding(1.5, 0.9, 12 + ROUND, 0, 8)):
+        assert not fixed.fits(Decoder(STOPS, other), prompts, COUNTS)
+
+
+class Recorder(TorchDispatchMode):
+    """Every operation with the memory that it reads and writes, as a GPU captures them; what would wait is refused."""
+
+    WAITS = ("item", "is_nonzero", "_local_scalar_dense", "nonzero", "unique", "_unique", "repeat_interleave",
+             "masked_select", "bincount")  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Callable[..., Any], Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).removeprefix("aten.").startswith(self.WAITS):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+
+class Replayed:
+    """In place of a CUDA graph. Recording computes, where capturing does not, so the first replay has been computed."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        self.recorder, self.replays = Recorder(), 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, result in self.recorder.operations if self.replays > 1 else ():
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@contextmanager
+def recorded(graph: Replayed, capture_error_mode: str) -> Iterator[None]:
+    Replayed.made += 1
+    with graph.recorder:
+        yield
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's way, on the CPU: draws that wait for nothing, steps that are recorded once and replayed."""
+    monkeypatch.setattr(drawing, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph", recorded)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Replayed, "made", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_reads_and_writes_what_stays_in_place(model: Any, dtype: torch.dtype, emulated: None) -> None:
+    """Recorded once, its operations draw for three batches what computing draws; nothing in them waits."""
+    model = copy.deepcopy(model).to(dtype)
+    prompts = [prefilled(model, width, seed) for seed, width in enumerate((9, 14, 11))]
+    fixed, computed = (fixed_decoder(model, prompts[0]) for _ in range(2))
+    fixed._captures = True
+    for seed, each in enumerate(prompts):
+        uniforms = noise(range(seed, seed + sum(COUNTS)), DECODING.max_new_tokens)
+        with torch.inference_mode():
+            found, wanted = (decoder.run(each, COUNTS, uniforms) for decoder in (fixed, computed))
+        assert all(map(torch.equal, found.each(), wanted.each()))
+        assert len({int(n) for n in found.lengths}) > 1, "some end early"
+    graph: Any = fixed._graph
+    assert Replayed.made == 1
+    assert graph.replays > DECODING.max_new_tokens
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where a GPU is, the step is captured")
 def test_a_step_that_cannot_be_captured_is_computed_as_usual(model: Any) -> None:
-    prompts = prefilled(model, 9, 0)
-    fixed, growing = FixedSteps(model, prompts, COUNTS, ROOM), GrowingSteps(model, prompts, COUNTS, ROOM)
+    fixed = fixed_decoder(model, prefilled(model, 9, 0))
     fixed._captures = True
     with pytest.warns(UserWarning, match="cannot be captured"):
-        ours = steps_of(fixed, fixed.load(prompts, COUNTS))
-    torch.testing.assert_close(ours, steps_of(growing, growing.logits), atol=1e-4, rtol=1e-4)
+        assert_drawn_alike(*both(model, fixed, prefilled(model, 9, 0), 0))
+
+
+def test_a_step_that_waits_is_not_captured(model: Any, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual draw looks at values."""
+    monkeypatch.setattr(drawing, "on_gpu", lambda tensor: False)
+    fixed = fixed_decoder(model, prefilled(model, 9, 0))
+    fixed._captures = True
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        both(model, fixed, prefilled(model, 9, 0), 0)
+
+
+def test_a_shortage_of_memory_is_no_step_that_cannot_be_captured(model: Any, emulated: None,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Nor is it where the end of the capture fails behind it: batches are halved for it."""
+
+    @contextmanager
+    def short(graph: Any, capture_error_mode: str) -> Iterator[None]:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        except RuntimeError:
+            raise RuntimeError("capture was invalidated")  # noqa: B904 - as torch does
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", short)
+    fixed = fixed_decoder(model, prefilled(model, 9, 0))
+    fixed._captures = True
+    with pytest.raises(RuntimeError, match="invalidated"):
+        both(model, fixed, prefilled(model, 9, 0), 0)
+    assert fixed._captures

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,6 +31,14 @@ def cpu_error() -> Exception:
     except RuntimeError as error:  # torch's own words
         return error
     raise AssertionError("this machine has an exabyte of memory")
+
+
+def cublas_error() -> Exception:
+    return RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def driver_error() -> Exception:
+    return torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously")
 
 
 @contextmanager
@@ -59,7 +68,7 @@ def asked(requests_36: list[Request]) -> list[Request]:  # noqa: F811
     return [*several, text]
 
 
-@pytest.mark.parametrize("error", [cuda_error, cpu_error])
+@pytest.mark.parametrize("error", [cuda_error, cpu_error, cublas_error, driver_error])
 def test_halves_give_the_same_candidates(engine: TransformersEngine, asked: list[Request],  # noqa: F811
                                          capsys: pytest.CaptureFixture, error: Callable[[], Exception]
                                          ) -> None:  # fmt: skip
@@ -77,6 +86,35 @@ def test_halves_give_the_same_candidates(engine: TransformersEngine, asked: list
     assert 1 <= fresh.halved <= 3, "a size that failed is not tried again"
     assert capsys.readouterr().out.count("going on with halves") == 1
     assert OpenEngine(engine, work_of(engine.model), "cpu").halvings == {}
+
+
+def test_buffers_of_the_batch_before_go_first(engine: TransformersEngine, asked: list[Request],  # noqa: F811
+                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """A prompt's pass that finds no room beside them has it without them: nothing is halved."""
+    fresh = TransformersEngine(engine.model, engine.encoder.processor, static_cache=True)
+    decoding = Decoding(0.9, 0.95, 12, 5, 4)
+    wanted = drawn(fresh, asked, decoding)
+    run_fixed = TransformersEngine._run_fixed
+
+    def keeping(*given: Any) -> Any:  # as on a GPU
+        result = run_fixed(fresh, *given)
+        fresh._fixed = cast(Any, object())
+        return result
+
+    def short(module: torch.nn.Module, inputs: tuple, given: dict) -> None:
+        if fresh._fixed:
+            shortages.append(1)
+            raise cuda_error()
+
+    shortages: list[int] = []
+    monkeypatch.setattr(fresh, "_run_fixed", keeping)
+    hook = fresh.model.register_forward_pre_hook(short, with_kwargs=True)
+    try:
+        assert drawn(fresh, asked, decoding) == wanted
+    finally:
+        hook.remove()
+    assert len(shortages) == len(wanted) - 1
+    assert fresh.halved == 0
 
 
 def test_likelihoods_are_halved_too(engine: TransformersEngine, asked: list[Request]) -> None:  # noqa: F811

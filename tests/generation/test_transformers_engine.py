@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import chi2_contingency, chisquare
 
-from sicog_exp.generation.decoder import GROWTH, LIKELY_TOKENS, draw, noise, nucleus
+from sicog_exp.generation.decoder import GROWTH
+from sicog_exp.generation.drawing import LIKELY_TOKENS, draw, noise, nucleus
 from sicog_exp.generation.engine import Decoding, Request
 from sicog_exp.generation.requests import keys_of
 from sicog_exp.generation.transformers_engine import TransformersEngine

@@ -223,6 +223,20 @@ def test_rows_made_in_another_process_train_the_same_bits(tiny_model: Path, worl
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_went_away_is_named(workers: int, tiny_model: Path, world_images: list[Path],
+                                           tmp_path: Path) -> None:  # fmt: skip
+    """In the same words, whichever process opened it."""
+    model, encoder = load(tiny_model)
+    config, folder = stage(steps=3, batch_size=8), tmp_path / "images"
+    folder.mkdir()
+    feed = data(encoder, [folder / "0.png"], config)
+    feed.workers = workers
+    with pytest.raises(ValueError, match=r"^image '\d\.png': not found under ") as caught:
+        fit(SupervisedFineTuning(model, config), feed, CPU, Workplace(tmp_path, tmp_path), 0)
+    assert "Traceback" not in str(caught.value)
+
+
 def test_only_the_newest_checkpoint_stays(tiny_model: Path, world_images: list[Path], tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     workplace = Workplace(tmp_path, tmp_path / "scratch")

@@ -336,6 +336,27 @@ def test_pretraining_reports_the_loss_of_each_source(tiny_model: Path, world_ima
         assert all(0 < loss < 20 for loss in found.values())
 
 
+def test_a_source_s_loss_is_the_mean_of_its_tokens(tiny_model: Path, world_images: list[Path],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Over several micro-batches, and without a look at a number before it is logged."""
+    model, encoder = load(tiny_model)
+    module, looks = MultimodalPretraining(model, stage()), []
+    rows = make_mixture(encoder, world_images).rows(0, 6)
+    wanted: dict[str, list[float]] = {}
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__float__", lambda tensor: looks.append(tensor))
+        for part in (rows[:2], rows[2:]):
+            module.batch_loss(collate(part, 0))
+    assert not looks
+    with torch.no_grad():
+        for row in rows:
+            wanted.setdefault(f"loss_{row.source}", []).extend(module.token_losses(collate([row], 0))[0].tolist())
+    module.means._collect()
+    found = {name: (total / count, count) for name, (total, count) in module.means._sums.items()}
+    assert found == {name: (pytest.approx(sum(of) / len(of), rel=1e-5), len(of)) for name, of in wanted.items()}
+    assert len(found) > 1
+
+
 def test_work_counts_samples_and_tokens(tiny_model: Path, world_images: list[Path]) -> None:
     model, encoder = load(tiny_model)
     module = SupervisedFineTuning(model, stage())
