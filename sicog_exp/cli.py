@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -226,7 +228,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "report": _report, "plan": _plan, "benchmarks": _run_benchmarks, "keys": _keys,
                     "doctor": _doctor, "ui": _ui}  # fmt: skip
         with terminable():
-            return commands[args.command](args)
+            status = commands[args.command](args)
+            sys.stdout.flush()  # what a reader that has gone makes of it shows here, and not in the dying interpreter
+            return status
+    except BrokenPipeError:
+        if not _reader_is_gone():  # a worker's pipe, say: a defect
+            raise
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
         return 130
@@ -240,15 +248,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _reader_is_gone() -> bool:
+    """Whether nobody reads our output any more, as behind `| head`; then the rest of it goes nowhere, quietly."""
+    output = select.poll()
+    output.register(sys.stdout, 0)  # errors are told unasked
+    gone = bool(output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; overrides may stand before options or behind them, which argparse alone does not allow."""
     args, rest = parser.parse_known_args(arguments)
     late = [word for word in rest if "=" in word and not word.startswith("-")] if hasattr(args, "overrides") else []
     unknown = [word for word in rest if word not in late]
     if unknown:
-        from sicog_exp.completion import subcommands
+        from sicog_exp.completion import chosen
 
-        subcommands(parser)[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+        chosen(parser, args).error(f"unrecognized arguments: {' '.join(unknown)}")
     if late:
         args.overrides += late
     return args
@@ -348,9 +366,11 @@ def _check_data(args: argparse.Namespace) -> int:
     quiet_libraries()
     from sicog_exp.data.check import Options, check
     from sicog_exp.data.preview import show, write_page
+    from sicog_exp.progress import RowsBar
 
-    found = check(Path(args.file).expanduser(), Options(config, args.model, args.max_length, args.unlabeled,
-                                                        args.images == "all", args.tokens == "all"))  # fmt: skip
+    options = Options(config, args.model, args.max_length, args.unlabeled, args.images == "all", args.tokens == "all")
+    with RowsBar(console(), f"reading {Path(args.file).name}") as bar:
+        found = check(Path(args.file).expanduser(), options, bar)
     listing = args.out.with_suffix(".rejected.jsonl") if found.intake.rejected else None
     write_page(found, args.out)
     if listing:

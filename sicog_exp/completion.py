@@ -41,6 +41,14 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     return commands.choices
 
 
+def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.ArgumentParser:
+    """The parser of the command that was given, or of the task behind it: `data check`, say."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return chosen(action.choices[getattr(args, action.dest)], args)
+    return parser
+
+
 # Files.
 
 

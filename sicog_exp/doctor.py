@@ -13,10 +13,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sicog_exp.hub import silence
+
 MINIMUM_DISK_GB = 5
 MINIMUM_MEMORY_GB = 4
 TIMEOUT = 3
-"""Seconds to wait for an answer from the model hub or a tracking server."""
+"""Seconds to wait for an answer from a tracking server."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,9 @@ def hub() -> Iterator[Finding]:
     """Whether models and data sets can be downloaded; the embedded recipes need none."""
     from huggingface_hub import constants
 
-    advice = "name models and data by folder; the embedded recipes need nothing from outside"
-    if constants.HF_HUB_OFFLINE:
-        yield Finding("model hub", "switched off by HF_HUB_OFFLINE", advice)
-        return
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception as error:  # whatever its client raises: the answer is the same
-        yield Finding("model hub", f"{constants.ENDPOINT} does not answer ({type(error).__name__})", advice)
-    else:
-        yield Finding("model hub", f"{constants.ENDPOINT} answers")
+    silent = silence()
+    advice = "name models and data by folder; the embedded recipes need nothing from outside" if silent else ""
+    yield Finding("model hub", silent or f"{constants.ENDPOINT} answers", advice)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, devices, room, tracking, hub)

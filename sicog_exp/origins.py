@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sicog_exp.hub import silence
 from sicog_exp.recipe import DataConfig, Recipe, RecipeError
 from sicog_exp.store import Artifact, Step, Workplace, file_checksum
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """What makes up a model: weights, configuration, tokenizer and processor; a card can be edited freely."""
-DATA_REVISION = 2
+DATA_REVISION = 3
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,10 @@ def _folder(key: str, named: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    silent = silence()
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack"]))
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack"],
+                                      local_files_only=bool(silent)))  # fmt: skip
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise RecipeError(f"{key}={name}: neither a folder nor a model that the hub gave us ({error})") from None
+        why = silent or error
+        raise RecipeError(f"{key}={name}: neither a folder nor a model that the hub gave us ({why})") from None

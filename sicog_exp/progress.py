@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from sicog_exp.data.formats import Reading
 
 MEASURABLE = 0.01
 """Share of all work from which its rate says anything: a stage's first step holds its set-up."""
 LINE_EVERY = 20.0
 """Seconds between progress lines where there is no terminal to draw a bar on."""
+
+BAR_EVERY = 0.2
+"""Seconds between two looks at how far a reader is."""
 
 
 class Display:
@@ -73,4 +80,37 @@ class Display:
             return ""
         seconds = self._busy + (time.monotonic() - self._started if current else 0.0)
         rest = (self._total - self._done - current) / work * seconds
-        return f"about {int(rest // 60)}:{int(rest % 60):02d} left"
+        return about_left(rest)
+
+
+def about_left(seconds: float) -> str:
+    return f"about {int(seconds // 60)}:{int(seconds % 60):02d} left"
+
+
+class RowsBar:
+    """The rows that were read so far and, where the share of the whole is known, how long the rest takes; on a terminal
+    alone, where it goes away at the end."""
+
+    def __init__(self, console: Console, doing: str) -> None:
+        left = TextColumn("{task.fields[left]}")
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), left,
+                             console=console, disable=not console.is_terminal, transient=True)  # fmt: skip
+        self._task, self._doing = self._bar.add_task(doing, total=None, left=""), doing
+        self._started, self._next = 0.0, 0.0
+
+    def __enter__(self) -> RowsBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, reading: Reading) -> None:
+        """Called for every row, of which there may be millions: most calls look at the clock and no more."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._started, self._next = self._started or now, now + BAR_EVERY
+        share, text = reading.share, f"{self._doing}: {reading.rows:,} rows"
+        left = about_left((now - self._started) * (1 / share - 1)) if share and share >= MEASURABLE else ""
+        self._bar.update(self._task, completed=share or 0, total=1 if share else None, description=text, left=left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import sys
 import pytest
 from runs import REPOSITORY
 
-from sicog_exp.cli import build_parser
+from sicog_exp.cli import build_parser, main
 from sicog_exp.completion import subcommands
 
 COMMANDS = subcommands(build_parser())
@@ -44,6 +45,29 @@ def test_every_command_and_argument_is_described(name: str) -> None:
         assert not action.help.endswith("."), action.help
         shown = isinstance(action.default, bool | None) or action.default in ("", [], argparse.SUPPRESS)
         assert shown or "default" in action.help, f"{action.dest}: its default is not said"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["keys", "keys seed"])
+def test_output_that_nobody_reads_any_more_is_no_defect(words: str, unbuffered: str) -> None:
+    """As behind `| head`: longer than a pipe's buffer, or so short that it is written at the end."""
+    started = subprocess.Popen([sys.executable, "-m", "sicog_exp.cli", *words.split()], cwd=REPOSITORY, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONUNBUFFERED": unbuffered})  # fmt: skip
+    assert started.stdout
+    started.stdout.close()
+    assert started.stderr
+    assert started.stderr.read() == ""
+    assert started.wait(60) == 128 + signal.SIGPIPE
+
+
+def test_another_broken_pipe_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: argparse.Namespace) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("sicog_exp.cli._keys", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["keys"])
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sicog_exp.cli import main
+from sicog_exp.data.chat import ChatError
 from sicog_exp.models.loading import EMBEDDED_BASE, ModelError
 from sicog_exp.models.shapes import encoder_parameters, read_shape
 from sicog_exp.planning import plan as p
@@ -206,6 +207,25 @@ def test_rows_that_training_sets_aside_stop_no_plan(files: Path) -> None:
     found = read_contents(recipe, Ruler(encoder, shape.image_tokens, recipe.data.max_pixels), shape.image_tokens)
     assert sum(rows.count for rows in found.annotated.values()) == pytest.approx(8 * 0.6)
     assert found.annotated["direct"].image == 9
+
+
+def test_a_picture_that_the_processor_refuses_stops_no_plan(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = own(files)
+    shape, encoder = p.base_of(recipe)
+    assert encoder
+    took, refused = encoder.pixels, []
+
+    def pixels(images: Any) -> Any:
+        if not refused:
+            refused.append(images)
+            raise ChatError("too long a picture")
+        return took(images)
+
+    monkeypatch.setattr(encoder, "pixels", pixels)
+    monkeypatch.setattr("sicog_exp.planning.contents._rows", lambda *_: Rows(1, 1, 9, (1,)))  # only prompts are counted
+    found = read_contents(recipe, Ruler(encoder, shape.image_tokens, recipe.data.max_pixels), shape.image_tokens)
+    assert refused
+    assert found.asked["cod"].image == 9
 
 
 def test_data_that_are_not_at_hand_are_assumed_and_said_so(tmp_path: Path) -> None:

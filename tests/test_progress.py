@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from sicog_exp import progress
-from sicog_exp.progress import Display
+from sicog_exp.data.formats import Reading
+from sicog_exp.progress import Display, RowsBar
 
 
 class Clock:
@@ -30,6 +31,31 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def display(expected: dict[str, float], terminal: bool = False) -> tuple[Display, Any]:
     page = io.StringIO()
     return Display(expected, Console(file=page, width=100, force_terminal=terminal, color_system=None)), page
+
+
+def read_rows(clock: Clock, terminal: bool, rows: int | None) -> str:
+    page, reading = io.StringIO(), Reading()
+    if rows:
+        reading.expect(rows)
+    with RowsBar(Console(file=page, width=100, force_terminal=terminal, color_system=None), "reading x") as bar:
+        reading.watch = bar
+        for row in range(1, 1001):
+            reading.at(row)
+            clock.now += 0.25
+    return page.getvalue()
+
+
+def test_rows_are_counted_with_an_estimate_where_their_number_is_known(clock: Clock) -> None:
+    shown = read_rows(clock, terminal=True, rows=2000)
+    assert "reading x: 1,000 rows" in shown
+    assert "about 4:09 left" in shown
+    unknown = read_rows(clock, terminal=True, rows=None)
+    assert "reading x: 1,000 rows" in unknown
+    assert "left" not in unknown
+
+
+def test_rows_are_counted_on_a_terminal_alone(clock: Clock) -> None:
+    assert read_rows(clock, terminal=False, rows=2000) == ""
 
 
 def test_a_line_from_time_to_time_without_a_terminal(clock: Clock) -> None:

@@ -100,6 +100,7 @@ class ChatEncoder:
         """The processor's tensors for one example's images (for LLaVA: pixel_values (images, 3, H, W)).
 
         The processor itself says what it puts in each image's place, whatever it counts: tiles, rows, patches.
+        Raises ChatError for images that it refuses.
         """
         import torch
 
@@ -110,6 +111,9 @@ class ChatEncoder:
         except (KeyError, NotImplementedError) as error:
             raise ChatError(f"{type(self.processor).__name__} does not say what stands in an image's place "
                             f"({error!r}); this architecture is not supported yet") from None  # fmt: skip
+        except ValueError as error:  # Qwen-VL takes no picture more than 200 times as long as wide
+            raise ChatError(f"{type(self.processor).__name__} refuses it ({error}); crop the picture, pad it, or leave "
+                            "the row out") from None  # fmt: skip
         return ImageInputs({name: value for name, value in made.items() if isinstance(value, torch.Tensor)}, places)
 
     def image_length(self, image: Image) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sicog_exp import prompts
 from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError, ImageInputs
-from sicog_exp.data.formats import DataError, default_root, exists, is_hub
+from sicog_exp.data.formats import DataError, Reading, default_root, exists, is_hub
 from sicog_exp.data.images import ImageError, ImageHeaders, open_bytes, open_image
-from sicog_exp.data.readers import SET_ASIDE, Intake, read_annotated, read_unlabeled
+from sicog_exp.data.readers import SET_ASIDE, BadRow, Intake, no_rows, read_annotated, read_unlabeled
 from sicog_exp.recipe import DataConfig, StageConfig
 from sicog_exp.records import Message, Record, conversation
 
@@ -33,6 +33,8 @@ SHOWN = 2
 """Rows of each kind that are shown."""
 PROBES = ((64, 64), (336, 336), (1200, 400), (400, 1200))
 """Image sizes (width, height) by which it is found out whether a model's image tokens depend on the size."""
+REFUSED = "model"
+"""Problem of rows with a picture that the model's processor refuses: read by a run, and set aside where it trains."""
 ENDLESS = 10**9
 """A length limit that no row reaches."""
 THUMBNAIL = 256
@@ -115,16 +117,16 @@ class Findings:
 
     @property
     def bad(self) -> int:
-        """Unusable rows; those left out on purpose (repeated ones) don't count."""
-        return sum(row.problem not in SET_ASIDE for row in self.intake.rejected)
+        """Unusable rows; those left out on purpose (repeated ones) don't count, nor do those that one model refuses."""
+        return sum(row.problem not in (*SET_ASIDE, REFUSED) for row in self.intake.rejected)
 
     @property
     def too_many_bad(self) -> bool:
         """Whether a run would stop here."""
-        return self.bad > self.options.data.max_bad_share * self.read or self.bad == self.read
+        return self.bad > self.options.data.max_bad_share * self.read or not self.usable
 
 
-def check(source: Path, options: Options) -> Findings:
+def check(source: Path, options: Options, watch: Callable[[Reading], None] | None = None) -> Findings:
     """Read the whole source. Raises DataError where it cannot be read, ModelError where the processor cannot."""
     if not exists(source):
         raise DataError(f"{source}: no such file or folder; correct the path")
@@ -133,16 +135,23 @@ def check(source: Path, options: Options) -> Findings:
     started = time.perf_counter()
     headers = ImageHeaders(options.data.max_pixels, options.decode)
     counter = TokenCounter(encoder, options.max_length or min(StageConfig().max_length, limit), options.every)
-    found = Findings(source, options, Intake(), counter.lengths)
-    looks: dict[str, Drawing[Look]] = {}
+    found = Findings(source, options, Intake(reading=Reading(watch)), counter.lengths)
+    looks: dict[str, Drawing[Look]] = defaultdict(lambda: Drawing(SHOWN))
     for record in _records(source, root, options, headers, found.intake):
+        sizes = {name: headers.sizes[name] for name in record.images}
+        refusal = _refusal(sizes, counter.images)
+        if refusal:
+            found.intake.reject(source, found.intake.origin[record.source, record.id], record.id, refusal)
+            continue
         found.usable += 1
         found.kinds[record.kind] += 1
         found.turns[sum(message.role == "user" for message in record.messages)] += 1
-        counter.add(record, tuple(headers.sizes[name] for name in record.images))
-        drawing = looks.setdefault(record.kind, Drawing(SHOWN))
+        counter.add(record, tuple(sizes[name] for name in record.images))
+        drawing = looks[record.kind]
         if drawing.wants_next():
             drawing.put(Look(record, {name: headers.latest.get(name) for name in record.images}))
+    if not found.read:
+        raise no_rows(source)
     counter.finish()
     found.images = len(headers.sizes)
     found.shown = [_show(look, root, encoder, options) for drawing in looks.values() for look in drawing.items]
@@ -176,7 +185,20 @@ def _records(source: Path, root: Path, options: Options, headers: ImageHeaders, 
     for request in read_unlabeled(source, root, headers, intake):
         kind: prompts.Kind = "cot" if request.question else "cod"
         messages = conversation(prompts.prompt(kind, request.question), None, (request.image,))
-        yield Record(f"row {request.place[1]}", messages, (request.image,), kind, "unlabeled")
+        record = Record(f"row {request.place[1]}", messages, (request.image,), kind, "unlabeled")
+        intake.origin[record.source, record.id] = request.place
+        yield record
+
+
+def _refusal(sizes: Mapping[str, tuple[int, int]], lengths: ImageLengths) -> BadRow | None:
+    """Why the model's processor takes none of a row whose images have these sizes; None where it takes them."""
+    for name, size in sizes.items():
+        try:
+            lengths.of(size)
+        except ChatError as error:
+            reason, _, fix = str(error).partition("; ")
+            return BadRow(REFUSED, f"image {name!r}, {size[0]} x {size[1]} pixels: {reason}", fix)
+    return None
 
 
 class Drawing(Generic[T]):
@@ -214,6 +236,7 @@ class ImageLengths:
         return ImageInputs({}, [self._encoder.image_token * self.of(size) for size in sizes])
 
     def of(self, size: tuple[int, int]) -> int:
+        """Raises ChatError where the processor refuses the size."""
         return self._fixed if self._fixed is not None else self._asked(size)
 
     def _ask(self, size: tuple[int, int]) -> int:
@@ -227,8 +250,8 @@ class TokenCounter:
     """Exact token counts of a sample of rows or of all, and of every row that may be longer than `max_length`."""
 
     def __init__(self, encoder: ChatEncoder, max_length: int, every: bool) -> None:
-        self.lengths = Lengths(max_length)
-        self._encoder, self._every, self._images = encoder, every, ImageLengths(encoder)
+        self.lengths, self.images = Lengths(max_length), ImageLengths(encoder)
+        self._encoder, self._every = encoder, every
         self._drawn: Drawing[tuple[Record, tuple[tuple[int, int], ...]]] = Drawing(DRAWN)
         hello = (Message("user", "a"), Message("assistant", "a"))
         self._frame = len(self._encoder.example(hello, None, ENDLESS))
@@ -249,7 +272,7 @@ class TokenCounter:
         """False where the row surely fits: no token is shorter than a byte, and no turn has more around it than a
         whole small conversation. Only where bytes are too many, the words are tokenized."""
         texts = [message.content for message in record.messages]
-        left = self.lengths.max_length - self._frame * len(texts) - sum(map(self._images.of, sizes))
+        left = self.lengths.max_length - self._frame * len(texts) - sum(map(self.images.of, sizes))
         if sum(len(text.encode()) for text in texts) <= left:
             return False
         tokenizer = self._encoder.tokenizer
@@ -258,8 +281,8 @@ class TokenCounter:
     def _tokens(self, record: Record, sizes: Any) -> tuple[int, int]:
         """All tokens, and those with loss."""
         if record.response is None:
-            return len(self._encoder.prompt(record.messages, self._images.stand_in(sizes))), 0
-        example = self._encoder.example(record.messages, self._images.stand_in(sizes), ENDLESS)
+            return len(self._encoder.prompt(record.messages, self.images.stand_in(sizes))), 0
+        example = self._encoder.example(record.messages, self.images.stand_in(sizes), ENDLESS)
         return len(example), len(example) - example.labels.count(IGNORED)
 
     def _count(self, record: Record, sizes: Any) -> None:
@@ -280,7 +303,7 @@ class TokenCounter:
             return  # counted as refused, not as long
         try:
             if record.response is not None:
-                self._encoder.example(record.messages, self._images.stand_in(sizes), self.lengths.max_length)
+                self._encoder.example(record.messages, self.images.stand_in(sizes), self.lengths.max_length)
                 self.lengths.cut.append(record.id)
                 return
         except ChatError:

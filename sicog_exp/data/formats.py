@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ SHARDS = (".tar", ".parquet")
 """Files that a folder of shards is made of."""
 IMAGE_ENDINGS = (*(suffix[1:] for suffix in SUFFIXES.values()), "jpeg")
 IMAGE_SUFFIXES = tuple(f".{ending}" for ending in IMAGE_ENDINGS)
+OTHER_PICTURES = (".avif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jxl", ".mpo", ".pgm", ".ppm", ".svg",
+                  ".tga", ".tif", ".tiff")  # fmt: skip
+"""Further suffixes of pictures: such a file is opened, and a format that is not decoded is said."""
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""Values of a key that says nothing, as rows of a table have that lack what others hold."""
 MOST_SHARDS = 1_000_000
 """Numbers that a brace pattern may count."""
 PIECE = 1 << 20
@@ -52,11 +58,51 @@ class BadRow(Exception):
         self.problem, self.reason, self.fix, self.id = problem, reason, fix, id
 
 
-Reader = Callable[[Path], Iterator[tuple[int, Any]]]
+@dataclass
+class Reading:
+    """How far a source has been read; who watches is told at each row."""
+
+    watch: Callable[[Reading], None] | None = None
+    rows: int = 0
+    """Of all parts so far."""
+    row: int = 0
+    """Number of the latest row in its part."""
+    _passed: float = 0.0
+    _part: float = 1.0
+    _of_part: Callable[[], float] | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Of the whole source, by bytes; None where that is unknown."""
+        if self._of_part:
+            return self._passed + self._part * self._of_part()
+        return self._passed or None
+
+    def enter(self, passed: float, part: float) -> None:
+        """The next part: the shares of all bytes that lie before it, and that are its own."""
+        self._passed, self._part, self._of_part = passed, part, None
+
+    def follow(self, stream: IO[bytes]) -> None:
+        """The part is read from this stream."""
+        size = max(os.fstat(stream.fileno()).st_size, 1)
+        self._of_part = lambda: stream.tell() / size
+
+    def expect(self, rows: int) -> None:
+        """The part has so many rows."""
+        self._of_part = lambda: self.row / max(rows, 1)
+
+    def at(self, row: int) -> None:
+        self.row, self.rows = row, self.rows + 1
+        if self.watch:
+            self.watch(self)
+
+
+Reader = Callable[[Path, Reading], Iterator[tuple[int, Any]]]
 """The protocol: (row number from 1, parsed row or BadRow) of a file, in order, holding a few rows at a time.
 
 Raises DataError, naming file and fix, where the file as a whole cannot be read; no row is passed over in silence.
-Every reader passes `tests/contract/test_readers.py`.
+A reader says by what it is known how far it is: its stream, or the number of its rows. Every one passes
+`tests/contract/test_readers.py`.
 """
 
 
@@ -69,11 +115,18 @@ class Found:
     raw: Any
 
 
-def found_rows(source: Path) -> Iterator[Found]:
+def found_rows(source: Path, reading: Reading | None = None) -> Iterator[Found]:
     """All rows of a source. Raises DataError where it, or one of its parts, cannot be read as a whole."""
-    for part, path in parts_of(source):
-        for row, raw in _reader_of(path)(path):
+    reading = reading or Reading()
+    parts = [(part, path, path.stat().st_size if path.is_file() else 1) for part, path in parts_of(source)]
+    passed, total = 0, max(sum(size for _, _, size in parts), 1)
+    for part, path, size in parts:
+        reading.enter(passed / total, size / total)
+        for row, raw in _reader_of(path)(path, reading):
+            reading.at(row)
             yield Found(part, row, raw)
+        passed += size
+    reading.enter(1.0, 0.0)
 
 
 def _reader_of(path: Path) -> Reader:
@@ -81,13 +134,18 @@ def _reader_of(path: Path) -> Reader:
         return hub_rows
     if path.is_dir():
         return saved_rows
-    if path.suffix not in READERS:
+    if suffix_of(path) not in READERS:
         raise DataError(f"{path}: unknown kind of file; use {', '.join(READERS)}, a saved datasets directory, a folder "
                         "or brace pattern of shards, or hub:OWNER/NAME")  # fmt: skip
-    return READERS[path.suffix]
+    return READERS[suffix_of(path)]
 
 
 # Sources.
+
+
+def suffix_of(path: Path) -> str:
+    """In lower case: cameras and Windows write .JPG and .JSONL."""
+    return path.suffix.lower()
 
 
 def is_hub(source: Path) -> bool:
@@ -101,8 +159,9 @@ def is_saved(folder: Path) -> bool:
 
 def is_shard_folder(folder: Path) -> bool:
     """Whether an unlabeled folder is one of shards: with an image file in it, it is a folder of images."""
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in (*SHARDS, *IMAGE_SUFFIXES)]
-    return bool(files) and all(path.suffix in SHARDS for path in files)
+    files = [path for path in folder.rglob("*") if suffix_of(path) in (*SHARDS, *IMAGE_SUFFIXES)
+             and not is_hidden(path, folder)]  # fmt: skip
+    return bool(files) and all(suffix_of(path) in SHARDS for path in files)
 
 
 def exists(source: Path) -> bool:
@@ -134,14 +193,27 @@ def parts_of(source: Path) -> list[tuple[str, Path]]:
 
 
 def _shards_in(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix in SHARDS and path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))  # fmt: skip
-    kinds = sorted({path.suffix for path in found})
+    found = sorted(path for path in folder.rglob("*") if suffix_of(path) in SHARDS and path.is_file()
+                   and not is_hidden(path, folder))  # fmt: skip
+    kinds = {suffix_of(path) for path in found}
     if len(kinds) != 1:
         held = "both .parquet and .tar shards" if kinds else "neither shards (.tar, .parquet) nor a saved dataset"
         raise DataError(f"{folder}: a folder with {held}; name a file of rows or a pattern such as "
                         "part-{000..009}.tar")  # fmt: skip
     return found
+
+
+def pictures_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a folder of images that may be pictures, and those that are none: hidden, or of another suffix."""
+    files = sorted(file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
+    pictures = [file for file in files if not is_hidden(file, folder)
+                and (not file.suffix or suffix_of(file) in (*IMAGE_SUFFIXES, *OTHER_PICTURES))]  # fmt: skip
+    return pictures, sorted(set(files).difference(pictures))
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether the name of a file, or of a folder on the way to it, begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def expand(pattern: Path) -> list[Path]:
@@ -164,9 +236,10 @@ def _choices(inside: str) -> list[str]:
 # JSON.
 
 
-def line_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def line_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """One JSON object a line; the row number is the line's, blank lines are no rows."""
     with file.open("rb") as stream:
+        reading.follow(stream)
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield number, _json_row(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
@@ -181,16 +254,17 @@ def _json_row(text: bytes) -> Any:
         return BadRow("json", f"malformed JSON: {error}", "write one JSON object a line")
 
 
-def json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """The items of one big list, or, where the file does not begin with one, its lines."""
     with file.open("rb") as stream:
         is_list = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    return _list_rows(file) if is_list else line_rows(file)
+    return _list_rows(file, reading) if is_list else line_rows(file, reading)
 
 
-def _list_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def _list_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """Broken JSON inside a list cannot be skipped: DataError."""
     with file.open("rb") as stream:
+        reading.follow(stream)
         text, number = _JsonText(file, stream), 0
         text.take("[")
         while text.next_sign() != "]":
@@ -265,18 +339,19 @@ class _JsonText:
 # Arrow.
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def parquet_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """Rows of a Parquet file; images stay bytes or names, so that only our own image code opens them."""
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file) as table:
+            reading.expect(table.metadata.num_rows)
             yield from enumerate(_arrow_rows(table.iter_batches(ROWS_PER_BATCH)), 1)
     except Exception as error:  # the library raises whatever its readers meet
         raise DataError(f"{file}: unreadable Parquet ({_short(error)}); write it again") from None
 
 
-def saved_rows(directory: Path) -> Iterator[tuple[int, Any]]:
+def saved_rows(directory: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """Rows of a saved `datasets` directory, undecoded."""
     import datasets
 
@@ -284,6 +359,7 @@ def saved_rows(directory: Path) -> Iterator[tuple[int, Any]]:
         data = datasets.load_from_disk(str(directory))
         if isinstance(data, datasets.DatasetDict):
             raise DataError(f"{directory}: holds the splits {', '.join(data)}; name one of their folders")
+        reading.expect(len(data))
         yield from enumerate(_arrow_rows(data.with_format("arrow").iter(ROWS_PER_BATCH)), 1)
     except DataError:
         raise
@@ -305,8 +381,9 @@ def _short(error: Exception) -> str:
 # The hub.
 
 
-def hub_rows(source: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of `hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]` as they arrive, undecoded; the split is train."""
+def hub_rows(source: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
+    """Rows of `hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]` as they arrive, undecoded; the split is train. How many will
+    come is not known."""
     owner_and_name, config, revision, split = hub_parts(source)
     try:
         yield from enumerate(streamed(owner_and_name, config, revision, split), 1)
@@ -350,7 +427,7 @@ def _unreachable(source: Path, error: Exception) -> DataError:
 # WebDataset shards.
 
 
-def shard_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def shard_rows(file: Path, reading: Reading) -> Iterator[tuple[int, Any]]:
     """Rows of a .tar shard: neighbouring members whose paths agree up to the name's first dot make up one row.
 
     Raises DataError where the archive breaks off or goes on behind its end: the rows there would be lost in silence.
@@ -359,6 +436,7 @@ def shard_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         with file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            reading.follow(stream)
             for number, (key, members) in enumerate(groupby(_members(tar), lambda member: member.key), 1):
                 yield number, _shard_row(f"{file.stem}/{key}", key, list(members))
             _check_end(stream, tar.offset)
@@ -473,7 +551,7 @@ def _shard_images(key: str, row: dict[str, Any], images: list[_Member]) -> dict[
     Where json names them, the names decide about their order; one name for one member needs no match.
     """
     _check_parts(key, row)
-    values = [row[name] for name in ("images", "image") if row.get(name) is not None]
+    values = [row[name] for name in ("images", "image") if row.get(name) not in NOTHING]
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     if len(names) > 1 or (names and len(images) != 1):
         known = {name: member.content for member in images for name in _names_of(key, member)}

@@ -28,6 +28,8 @@ EMBEDDED = "embedded in the row"
 """Name of an image that comes as bytes."""
 LATEST = 64
 """Embedded images whose bytes a check remembers, for a look at them."""
+FIRST_OF_MANY = {"MPO": "JPEG"}
+"""What Pillow calls a file with further pictures inside (phones, HDR) -> the format of its first one, which is read."""
 LYING = (5, 6, 7, 8)
 """EXIF orientations that swap width and height (EXIF 2.3, tag 274)."""
 
@@ -46,8 +48,14 @@ def _shown(name: str) -> str:
     return repr(short)
 
 
+def local_name(name: str) -> str:
+    """The path in file:///..., Qwen's usual form; any other name as it is."""
+    return re.sub(r"(?i)^file://(?=/)", "", name)
+
+
 def resolve(root: Path, name: str) -> Path:
     """The real path of an image under `root`. Raises ImageError for URLs, missing files and paths out of the root."""
+    name = local_name(name)
     if re.match(r"(?i)[a-z][a-z0-9+.-]*://|data:|file:", name):
         raise ImageError(name, "is a URL, and no URL in data is fetched", "download it and name the file")
     if not name:
@@ -98,23 +106,22 @@ def _opened(path: Path, name: str) -> BinaryIO:
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> tuple[Image, str]:
     """The decoded image and its format. The header's size is checked before any pixel is decoded."""
-    image = _open(file, name, max_pixels)
+    image, kind = _open(file, name, max_pixels)
     try:
         with _whole_files_only():
-            return upright_rgb(image), str(image.format)
+            return upright_rgb(image), kind
     except Exception as error:
         raise _damaged(name, error) from None
 
 
-def _open(file: BinaryIO, name: str, max_pixels: int) -> Image:
-    """The image with its header read: an allowed format, and not too large."""
+def _open(file: BinaryIO, name: str, max_pixels: int) -> tuple[Image, str]:
+    """The image with its header read, and its format: an allowed one. It is not too large."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        allowed = ", ".join(FORMATS)
-        raise ImageError(name, "is no image of an allowed format", f"convert it to one of {allowed}") from None
+        raise _other_format(name) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, f"has too many pixels ({error})", "scale it down") from None
     except Exception as error:  # decoders meet hostile bytes here and raise what they like
@@ -122,7 +129,14 @@ def _open(file: BinaryIO, name: str, max_pixels: int) -> Image:
     if image.width * image.height > max_pixels:
         reason = f"has {image.width} x {image.height} pixels, more than {max_pixels}"
         raise ImageError(name, reason, "scale it down or raise data.max_pixels")
-    return image
+    kind = FIRST_OF_MANY.get(str(image.format), str(image.format))
+    if kind not in SUFFIXES:  # a plugin may hand a file on to another one
+        raise _other_format(name)
+    return image, kind
+
+
+def _other_format(name: str) -> ImageError:
+    return ImageError(name, "is no image of an allowed format", f"convert it to one of {', '.join(FORMATS)}")
 
 
 @contextmanager
@@ -197,7 +211,7 @@ class ImageHeaders:
     def _size(self, file: BinaryIO, name: str) -> tuple[int, int]:
         if self.decode:
             return _decode(file, name, self.max_pixels)[0].size
-        image = _open(file, name, self.max_pixels)
+        image, _ = _open(file, name, self.max_pixels)
         try:
             lies = "exif" in image.info and image.getexif().get(0x0112) in LYING
         except Exception as error:

@@ -74,6 +74,8 @@ def _counts(found: Findings) -> Iterator[str]:
     yield f"  kinds     {_listed(found.kinds)}"
     turns = {f"{number} turn{'s' * (number > 1)}": rows for number, rows in sorted(found.turns.items())}
     yield f"  turns     {_listed(Counter(turns))}"
+    if intake.passed_over:
+        yield f"  left out  {intake.passed_over.total():,} files that are no pictures: {_listed(intake.passed_over)}"
     changed = (("reworded", intake.reworded, "get the wording of the prompt table"),
                ("renamed", intake.renamed, "share an id with others and get a number behind it"))  # fmt: skip
     for name, counts, what in changed:

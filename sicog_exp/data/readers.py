@@ -7,6 +7,8 @@ Accepted: LLaVA-style and ShareGPT rows (`conversations`) and chat rows (`messag
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +16,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sicog_exp import prompts
-from sicog_exp.data.formats import BadRow, DataError, Found, found_rows, is_hub, is_saved, is_shard_folder
+from sicog_exp.data.formats import (
+    NOTHING,
+    BadRow,
+    DataError,
+    Found,
+    Reading,
+    found_rows,
+    is_hidden,
+    is_hub,
+    is_saved,
+    is_shard_folder,
+    pictures_in,
+    suffix_of,
+)
 from sicog_exp.data.images import ImageError, Images
 from sicog_exp.records import IMAGE_PLACEHOLDER, Message, Record, RecordError, user, write_jsonl
 
@@ -22,6 +37,12 @@ TURNS = ("conversations", "conversation", "messages")
 SPEAKERS, WORDS = ("from", "role"), ("value", "content", "text")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
          "model": "assistant", "bot": "assistant", "system": "system"}  # fmt: skip
+UNREAD = {"video": "show frames as images", "videos": "show frames as images",
+          "audio": "write down what is said", "audios": "write down what is said",
+          "tools": "remove the tools, and the turns that call them"}  # fmt: skip
+"""Keys that change what a row means and that no model here is shown -> the fix."""
+FOREIGN_MARK = re.compile(r"<img>.*?</img>|<(video|audio)>(?!.*</\1>)", re.DOTALL)
+"""How other formats show something inside a user's words; HTML has an end."""
 SHORT_ANSWER_WORDS = 12
 """A longer response to a prompt without a question mark counts as a detailed description."""
 SET_ASIDE = ("repeated", "held out")
@@ -56,10 +77,14 @@ class Intake:
     """Rows or files looked at, by source."""
     unused: Counter[str] = field(default_factory=Counter)
     """Rows or files beyond the wanted number of images, by source."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Files in a folder of images that are none, by their suffix, or as hidden."""
     reworded: Counter[str] = field(default_factory=Counter)
     """Rows whose prompt was replaced by the prompt table's wording, by source."""
     renamed: Counter[str] = field(default_factory=Counter)
     """Rows whose id other rows have too, and which got a number behind it, by source."""
+    reading: Reading = field(default_factory=Reading)
+    """How far the source is, whose rows are being looked at."""
     origin: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
     """(record's source, id) -> part and row of its file."""
 
@@ -78,7 +103,7 @@ class Intake:
         """Raise DataError when a file has no row, no usable row, or too large a share of unusable ones."""
         read, bad = self.read[_printable(str(file))], self.bad(file)
         if not read:
-            raise DataError(f"{file}: holds no rows or images; name a file or folder that does")
+            raise no_rows(file)
         if len(bad) == read or len(bad) > max_bad_share * read:
             self.write(listing)
             first = "".join(f"\n  {_place(r.part, r.row)} ({r.id or 'no id'}): {r.reason}; {r.fix}" for r in bad[:3])
@@ -88,6 +113,10 @@ class Intake:
     def write(self, listing: Path) -> None:
         rows = (asdict(row) for row in self.rejected)
         write_jsonl(listing, ({k: v for k, v in row.items() if v or k != "part"} for row in rows))
+
+
+def no_rows(file: Path) -> DataError:
+    return DataError(f"{file}: holds no rows or images; name a file or folder that does")
 
 
 def _place(part: str, row: int) -> str:
@@ -117,6 +146,7 @@ def parse_row(raw: Any, default_id: str) -> Row:
     """A LLaVA or chat row. Raises BadRow for missing keys, wrong types and text that is no UTF-8."""
     if not isinstance(raw, dict):
         raise BadRow("keys", f"the row is a {type(raw).__name__}, not an object", "write {...} with its keys")
+    _check_keys(raw)
     turns, embedded = _turns(raw)
     images = _images(raw)
     if embedded and images:
@@ -124,26 +154,58 @@ def parse_row(raw: Any, default_id: str) -> Row:
     kind, family = (_optional_text(raw, key) for key in ("kind", "family"))
     if kind and kind not in prompts.KINDS:
         raise BadRow("keys", f"unknown kind {kind!r}", f"use one of {', '.join(prompts.KINDS)} or leave it out")
-    return Row(_id(raw, default_id), turns, images or embedded, kind or None, family)
+    _check_marks(turns)
+    images = images or embedded
+    return Row(_id(raw, default_id), _in_front(turns) if len(images) == 1 else turns, images, kind or None, family)
+
+
+def _check_keys(raw: dict[str, Any]) -> None:
+    for key, fix in UNREAD.items():
+        if raw.get(key) and raw[key] != "[]":  # some write tools as text
+            raise BadRow("keys", f"the row has {key}, which no model here is shown", fix)
+
+
+def _check_marks(turns: tuple[Message, ...]) -> None:
+    """A mark that is not ours would train as plain words, and what it shows would be lost."""
+    for mark in (FOREIGN_MARK.search(turn.content) for turn in turns if turn.role == "user"):
+        if mark:
+            fix = UNREAD[mark[1]] if mark[1] else f"write {IMAGE_PLACEHOLDER} there and name the file under image"
+            raise BadRow("placeholder", f"{mark[0]!r:.80} in a user's words shows nothing here", fix)
+
+
+def _in_front(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A row's only image in front of the turn that shows it, as in sampling and evaluation, and as LLaVA's own training
+    code puts it; one in the middle of the words stays, since they may speak of its place."""
+    return tuple(user(words_of(turn), 1) if _is_out_of_place(turn) else turn for turn in turns)
+
+
+def _is_out_of_place(turn: Message) -> bool:
+    """Whether an image stands behind a user's words, or white space in front of it."""
+    shows = turn.role == "user" and IMAGE_PLACEHOLDER in turn.content
+    return shows and not turn.content.startswith(IMAGE_PLACEHOLDER) and words_of(turn) in turn.content
 
 
 def _id(raw: dict[str, Any], default: str) -> str:
     value = raw.get("id")
-    if value is None or value == "":
-        return default
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadRow("keys", f"id is a {type(value).__name__}", "make it a string")
-    return _text(str(value), "id")
+    return default if value is None or value == "" else _text(value, "id")
 
 
 def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
+    text = value if isinstance(value, str) else _spelled(value)
+    if text is None:
         raise BadRow("keys", f"{what} is {'missing' if value is None else type(value).__name__}", "make it a string")
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise BadRow("encoding", f"{what} is not UTF-8", "save the file as UTF-8") from None
-    return value
+    return text
+
+
+def _spelled(value: Any) -> str | None:
+    """A number as text, a whole one without the .0 that tables give it; None for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return str(int(value) if value == int(value) else value)
 
 
 def _optional_text(raw: dict[str, Any], key: str) -> str:
@@ -222,7 +284,7 @@ def _part_images(part: dict[str, Any], where: str) -> list[str | bytes]:
 
 
 def _images(raw: dict[str, Any]) -> tuple[str | bytes, ...]:
-    values = [raw[key] for key in ("images", "image") if raw.get(key) is not None]
+    values = [raw[key] for key in ("images", "image") if raw.get(key) not in NOTHING]
     if len(values) > 1:
         raise BadRow("keys", "the row has both image and images", "write one of them")
     items = values[0] if values and isinstance(values[0], list) else values
@@ -317,7 +379,7 @@ T = TypeVar("T")
 
 def _each(file: Path, intake: Intake, make: Callable[[Any, Found], T]) -> Iterator[T]:
     """`make(raw, found)` of every row of a source; rows that raise BadRow are set aside."""
-    for found in found_rows(file):
+    for found in found_rows(file, intake.reading):
         intake.read[_printable(str(file))] += 1
         raw = found.raw
         try:
@@ -412,14 +474,18 @@ def holds_images(path: Path) -> bool:
 def _read_folder(path: Path, folder: Images, intake: Intake, limit: int, seed: int) -> Iterator[Request]:
     import numpy as np
 
-    files = sorted(file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+    files, others = pictures_in(path)
     if not files:
-        raise DataError(f"{path}: the folder is empty; name a folder of images")
+        held = f"none of its {len(others)} files is a picture" if others else "the folder is empty"
+        raise DataError(f"{path}: {held}; name a folder of images")
+    intake.passed_over.update("hidden" if is_hidden(file, path) else suffix_of(file) for file in others)
     if 0 < limit < len(files):
         intake.unused[_printable(str(path))] += len(files) - limit
         files = [files[i] for i in sorted(np.random.default_rng(seed).permutation(len(files))[:limit])]
     seen: dict[str, Path] = {}
+    intake.reading.expect(len(files))
     for number, file in enumerate(files, 1):
+        intake.reading.at(number)
         intake.read[_printable(str(path))] += 1
         name = str(file.relative_to(path))
         try:

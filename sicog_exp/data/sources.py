@@ -22,8 +22,17 @@ import numpy as np
 
 from sicog_exp import prompts
 from sicog_exp.data import questions as wording
-from sicog_exp.data.formats import default_root, exists, found_rows, hub_commit, is_hub, parts_of
-from sicog_exp.data.images import ImageFolder
+from sicog_exp.data.formats import (
+    default_root,
+    exists,
+    found_rows,
+    hub_commit,
+    is_hub,
+    parts_of,
+    pictures_in,
+    suffix_of,
+)
+from sicog_exp.data.images import ImageFolder, local_name
 from sicog_exp.data.readers import (
     BadRow,
     DataError,
@@ -150,6 +159,7 @@ def _summary(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
     splits = {split: _counts(dataset.records(split)) for split in dataset.named}
     return {"source": config.source, "splits": splits, "rejected": {"rows": len(rows), "by_problem": by_problem},
             "read": dict(intake.read), "unused": dict(intake.unused), "reworded": dict(intake.reworded),
+            "passed_over": dict(intake.passed_over),
             "blind_prior": blind_prior(dataset.records("development"))}  # fmt: skip
 
 
@@ -553,12 +563,12 @@ def _state(path: Path, config: DataConfig) -> str:
     digest = hashlib.sha256()
     folder = holds_images(path)
     for file in () if folder else _row_files(path):
-        if file.suffix == ".tar":  # images and all: too much to read each time
+        if suffix_of(file) == ".tar":  # images and all: too much to read each time
             digest.update(_stamp(file).encode("utf-8", "surrogateescape"))
             continue
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    images = path.rglob("*") if folder else _named_images(path, _root(config, path))
+    images = pictures_in(path)[0] if folder else _named_images(path, _root(config, path))
     for image in sorted(set(images)):
         digest.update(_stamp(image).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
@@ -571,14 +581,14 @@ def _row_files(path: Path) -> Iterator[Path]:
 
 def _named_images(path: Path, root: Path) -> Iterator[Path]:
     """The files outside of the rows that rows name; a shard's images lie in it."""
-    if all(part.suffix == ".tar" for _, part in parts_of(path)):
+    if all(suffix_of(part) == ".tar" for _, part in parts_of(path)):
         return
     for found in found_rows(path):
         try:
             names = parse_row(as_chat(found.raw), "-").images
         except BadRow:
             continue
-        yield from (root / name for name in names if isinstance(name, str))
+        yield from (root / local_name(name) for name in names if isinstance(name, str))
 
 
 def _stamp(image: Path) -> str:

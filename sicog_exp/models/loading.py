@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from sicog_exp.hub import silence
 from sicog_exp.models.resolution import ResolutionError, cap_pixels
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from sicog_exp.recipe import ModelConfig
 
+HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 EMBEDDED_BASE = Path(__file__).parent / "base"
 PARTS = {
     "vision": ("vision_tower", "vision_model", "visual"),
@@ -58,7 +61,7 @@ def load_model(source: ModelSource, dtype: str = "float32", **more: Any) -> tupl
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    options = _options(source)
     # transformers' own choice is sdpa for every model that has it
     chosen = {} if source.attention == "sdpa" else {"attn_implementation": source.attention}
     try:
@@ -76,6 +79,22 @@ def load_model(source: ModelSource, dtype: str = "float32", **more: Any) -> tupl
     _cap(source, model.config, processor)
     plan_no_attention()
     return model.eval(), processor
+
+
+def _options(source: ModelSource) -> dict[str, Any]:
+    """How transformers is to look for a model. Raises ModelError where there is no such folder and no hub to ask; what
+    was downloaded before needs none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    options = {"trust_remote_code": source.trust_remote_code}
+    if Path(source.path).exists():
+        return options
+    if not re.fullmatch(HUB_NAME, source.path):
+        raise ModelError(f"{source.path}: no such folder; correct the path, or give a hub's OWNER/NAME")
+    silent = silence()
+    if silent and not isinstance(try_to_load_from_cache(source.path, "config.json"), str):
+        raise ModelError(f"{source.path}: no such folder, and no hub to ask for it ({silent}); give the model's folder")
+    return {**options, "local_files_only": bool(silent)}
 
 
 def plan_no_attention() -> None:
@@ -98,7 +117,7 @@ def load_processor(source: ModelSource) -> Any:
     """The processor alone, without weights. Raises ModelError."""
     from transformers import AutoConfig, AutoProcessor
 
-    options = {"trust_remote_code": source.trust_remote_code}
+    options = _options(source)
     try:
         processor = AutoProcessor.from_pretrained(source.path, **options)
         config = AutoConfig.from_pretrained(source.path, **options)

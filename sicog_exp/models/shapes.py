@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sicog_exp.hub import silence
 from sicog_exp.models.adapters import linear_layers
 from sicog_exp.models.loading import ModelError, Work, image_tokens_of, part_parameters, work_of
 
@@ -57,10 +58,12 @@ def read_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
 
     if name in PUBLISHED:
         return PUBLISHED[name]()
+    silent = "" if Path(name).exists() else silence()
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, local_files_only=bool(silent))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{name}: no config.json there and no model that the hub gives us ({_first(error)}); set "
+        why = silent or _first(error)
+        raise ModelError(f"{name}: no config.json there and no model that the hub gives us ({why}); set "
                          f"plan.shape to a published shape ({', '.join(PUBLISHED)}) or to a folder with "
                          "config.json") from None  # fmt: skip
 

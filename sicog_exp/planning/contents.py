@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sicog_exp.data.chat import IGNORED, ChatEncoder, ChatError
-from sicog_exp.data.formats import BadRow, default_root, exists, found_rows, is_hub
-from sicog_exp.data.images import IMAGES, SUFFIXES, ImageError, ImageFolder, open_image
+from sicog_exp.data.formats import BadRow, default_root, exists, found_rows, is_hub, pictures_in
+from sicog_exp.data.images import IMAGES, ImageError, ImageFolder, open_image
 from sicog_exp.data.readers import as_chat, holds_images, infer_kind, make_record, parse_row, words_of
 from sicog_exp.data.sources import build_dataset
 from sicog_exp.prompts import CAPTION_KINDS, KINDS, REASONING_KINDS, Kind, prompt, question_of
@@ -165,7 +165,7 @@ def _rows(sample: _Sample, ruler: Ruler, split: str, kinds: Sequence[str]) -> Ro
 
 
 def _lengths(records: Iterable[Record], ruler: Ruler, root: Path) -> Iterator[tuple[int, int, int]]:
-    """Of the rows that training would take: it sets aside what the chat template refuses."""
+    """Of the rows that training would take: it sets aside what the chat template or the processor refuses."""
     for record in records:
         try:
             yield ruler.of(record, root)
@@ -180,7 +180,7 @@ def _asked(sample: _Sample, ruler: Ruler, annotated: Mapping[Kind, Rows], image_
         records = [r for r in sample.records["unlabeled"] if r.kind in kinds][:SAMPLE]
         for kind in kinds:
             known = annotated.get(kind, _assumed_rows(kind, image_tokens))
-            lengths = [ruler.of(_worded(record, kind), sample.root) for record in records]
+            lengths = list(_lengths((_worded(record, kind) for record in records), ruler, sample.root))
             text, image = (mean(length[i] for length in lengths) for i in (0, 1))
             found[kind] = replace(known, text=text, image=image) if lengths else known
     return found
@@ -271,8 +271,7 @@ def _read_unlabeled(path: Path, config: DataConfig, sample: _Sample, pictures: I
 def _requests(path: Path) -> Iterator[tuple[Any, str]]:
     """(image, question) of every unlabeled row or file; the question is empty where a caption is asked for."""
     if holds_images(path):
-        files = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in (*SUFFIXES.values(), ".jpeg"))
-        yield from ((str(file.relative_to(path)), "") for file in files)
+        yield from ((str(file.relative_to(path)), "") for file in pictures_in(path)[0])
         return
     for found in found_rows(path):
         try:

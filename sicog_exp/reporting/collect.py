@@ -426,6 +426,9 @@ def _rejected_rows(data: Artifact) -> Iterator[str]:
     if rejected["rows"]:
         yield (f"{rejected['rows']:,} rows of the data were set aside ({_counts(rejected['by_problem'])}); "
                f"rejected.jsonl in {data.path.name} lists them.")  # fmt: skip
+    others = _summary(data).get("passed_over")  # unknown of data sets that were built before it was counted
+    if others:
+        yield f"{sum(others.values()):,} files beside the unlabeled images are no pictures ({_counts(others)})."
 
 
 def _rejected_candidates(iteration: int, summary: Mapping[str, Any]) -> Iterator[str]:

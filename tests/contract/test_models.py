@@ -22,12 +22,14 @@ from sicog_exp.models.loading import (
     ModelError,
     ModelSource,
     load_model,
+    load_processor,
     part_parameters,
     positions_per_image_token,
     resolve_base,
     save_model,
     work_of,
 )
+from sicog_exp.models.shapes import read_shape
 from sicog_exp.records import user
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -241,9 +243,53 @@ def test_an_unusable_model_is_an_error_that_names_it(
     assert str(folder) in str(caught.value)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="nothing here"):
-        load_model(ModelSource(str(tmp_path / "nothing here")))
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Requests to a hub that nobody reaches."""
+    from huggingface_hub import constants, utils
+
+    made: list[str] = []
+
+    class Session:
+        def __getattr__(self, method: str) -> Any:
+            def request(*given: Any, **_: Any) -> None:
+                made.append(f"{method} {given}")
+                raise ConnectionError
+
+            return request
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(utils, "get_session", Session)
+    return made
+
+
+@pytest.mark.parametrize("load", [load_model, load_processor])
+@pytest.mark.parametrize("name", ["nope", "./nope", "a/b/c", "/nope", "nothing here"])
+def test_nothing_there_is_said_without_asking_a_hub(name: str, load: Any, asked: list[str]) -> None:
+    with pytest.raises(ModelError, match=f"^{name}: no such folder"):
+        load(ModelSource(name))
+    assert not asked
+
+
+@pytest.mark.parametrize("load", [load_model, load_processor, lambda source: read_shape(source.path)])
+def test_a_hub_that_nobody_reaches_is_asked_once(load: Any, asked: list[str]) -> None:
+    with pytest.raises(ModelError, match=r"^owner/nope: no .* does not answer \(ConnectionError\)"):
+        load(ModelSource("owner/nope"))
+    assert len(asked) == 1
+
+
+def test_what_the_hub_gave_before_needs_no_hub(tiny_model: Path, tmp_path: Path, asked: list[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--owner--kept"
+    shutil.copytree(tiny_model, kept / "snapshots" / "0123abcd")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0123abcd")
+    assert load_processor(ModelSource("owner/kept")).tokenizer
+    assert len(asked) == 1
 
 
 def test_a_pickle_is_never_opened(tiny_model: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import tarfile
 from collections import Counter
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from formats import BAD, FORMATS, GOOD, ROWS, chat, parquet_shards, qa, save_images, write_shard
 from PIL import Image
 
-from sicog_exp.data.formats import DataError, default_root, found_rows
+from sicog_exp.data.formats import DataError, Reading, default_root, found_rows
 from sicog_exp.data.images import ImageFolder
 from sicog_exp.data.readers import Intake, read_annotated, read_unlabeled
 from sicog_exp.records import Record
@@ -71,6 +72,37 @@ def test_a_rejection_names_the_place_of_its_row(format: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_who_watches_is_told_each_row_and_how_far_it_is(format: str, tmp_path: Path) -> None:
+    save_images(tmp_path)
+    source = FORMATS[format](tmp_path, ROWS)
+    told: list[tuple[int, float]] = []
+
+    def watch(reading: Reading) -> None:
+        assert reading.share is not None
+        told.append((reading.rows, reading.share))
+
+    reading = Reading(watch)
+    assert len(list(found_rows(source, reading))) == len(ROWS)
+    rows, shares = zip(*told, strict=True)
+    assert rows == tuple(range(1, len(ROWS) + 1))
+    assert all(0 <= one <= other <= 1 for one, other in pairwise(shares))
+    assert reading.share == 1
+    if format.startswith("WebDataset shards"):
+        assert shares[0] < 1 < len(set(shares)), "by shards"
+
+
+def test_a_long_file_s_share_grows_with_its_rows(tmp_path: Path) -> None:
+    """A list and lines, by the bytes that were read: within a reader's block of a megabyte."""
+    row = {"text": "x" * 10_000}
+    (tmp_path / "rows.json").write_text(json.dumps([row] * 1000))
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 1000)
+    for name in ("rows.json", "rows.jsonl"):
+        reading = Reading()
+        for found in found_rows(tmp_path / name, reading):
+            assert reading.share == pytest.approx(found.row / 1000, abs=0.25)
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_unlabeled_rows_of_every_format(format: str, tmp_path: Path) -> None:
     """The same images and questions, whatever holds them; the answers are not asked for."""
     save_images(tmp_path)
@@ -116,6 +148,18 @@ def test_ids_and_parts_of_shards(tmp_path: Path) -> None:
     records, intake = read(tmp_path / "{x,y}.tar", tmp_path / "out")
     assert not intake.rejected
     assert [record.id for record in records] == ["x-000001", "y-000001"]
+
+
+@pytest.mark.parametrize("nothing", ["", None, []])
+def test_a_shard_s_row_without_an_image_may_say_so(nothing: Any, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "yo"}]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        content = json.dumps({"image": nothing, "conversations": turns}).encode()
+        info = tarfile.TarInfo("1.json")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    records, intake = read(tmp_path / "x.tar", tmp_path / "out")
+    assert ([record.kind for record in records], intake.rejected) == (["text"], [])
 
 
 @pytest.mark.parametrize("columns", [False, True])

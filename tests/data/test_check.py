@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families import build
 from formats import BAD, BAD_ROWS, FORMATS, GOOD, ROWS, Plain, qa, save_images
 from PIL import Image
 
@@ -63,6 +65,44 @@ def test_lengths_are_those_of_training(tmp_path: Path, encoder: ChatEncoder) -> 
     assert found.lengths.responses == [sum(label >= 0 for label in example.labels) for example in wanted]
 
 
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2.5-VL in everything but size."""
+    return build("qwen2_5_vl", tmp_path_factory.mktemp("models") / "qwen").folder
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_a_picture_that_the_model_s_processor_refuses_is_set_aside_as_in_training(
+    every: bool, tmp_path: Path, qwen: Path
+) -> None:
+    Image.new("RGB", (2500, 10)).save(tmp_path / "ribbon.png")
+    rows = [*GOOD, qa("ribbon", ("a.png", "ribbon.png"), "<image><image>\nSame?", "no")]
+    found = looked_at(tmp_path, rows, model=str(qwen), every=every)
+    assert (found.read, found.usable, found.bad) == (len(rows), len(GOOD), 0)
+    assert not found.too_many_bad, "the data step reads it, so no run stops there"
+    [aside] = found.intake.rejected
+    assert (aside.id, aside.row, aside.problem) == ("ribbon", len(rows), "model")
+    assert aside.reason.startswith("image 'ribbon.png', 2500 x 10 pixels: Qwen2_5_VLProcessor refuses it (absolute")
+    assert aside.fix.startswith("crop the picture")
+    encoder = ChatEncoder(load_processor(ModelSource(str(qwen))))
+    record = next(read_annotated(tmp_path / "rows.jsonl", tmp_path, ImageHeaders(LIMIT), Intake()))
+    record = replace(record, images=("ribbon.png",))
+    reasons: list[str] = []
+    trained = RecordSource("x", [record], ImageTensors(tmp_path, encoder, LIMIT), encoder, LIMIT,
+                           lambda _, id, reason: reasons.append(reason))  # fmt: skip
+    with pytest.raises(ChatError):
+        trained.row(0)
+    assert reasons == [aside.reason.partition(": ")[2] + "; " + aside.fix]
+
+
+def test_pictures_that_the_model_s_processor_refuses_are_no_requests(tmp_path: Path, qwen: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    Image.new("RGB", (10, 2500)).save(tmp_path / "pool" / "ribbon.png")
+    found = check(tmp_path / "pool", Options(unlabeled=True, model=str(qwen)))
+    assert [(row.row, row.problem) for row in found.intake.rejected] == [(1, "model")]
+    assert found.too_many_bad, "nothing is left"
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_rows_over_the_limit_are_those_that_training_cuts_or_sets_aside(
     every: bool, tmp_path: Path, encoder: ChatEncoder
@@ -89,6 +129,19 @@ def test_rows_over_the_limit_are_those_that_training_cuts_or_sets_aside(
     assert aside
 
 
+def test_a_check_tells_how_far_it_is_over_bad_rows_and_pictures_too(tmp_path: Path) -> None:
+    save_images(tmp_path)
+    told: list[tuple[int, float | None]] = []
+    check(FORMATS["Parquet"](tmp_path, ROWS), Options(), lambda reading: told.append((reading.rows, reading.share)))
+    assert told == [(i, i / len(ROWS)) for i in range(1, len(ROWS) + 1)]
+    told.clear()
+    (tmp_path / "pool").mkdir()
+    save_images(tmp_path / "pool")
+    options = Options(unlabeled=True)
+    check(tmp_path / "pool", options, lambda reading: told.append((reading.rows, reading.share)))
+    assert told == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+
+
 def test_requests_are_read_without_responses(tmp_path: Path) -> None:
     found = looked_at(tmp_path, [qa("1", ("a.png",), "<image>\nWhat?"), qa("2", ("b.png",), "<image>")], unlabeled=True)
     assert (found.usable, found.bad, dict(found.kinds)) == (2, 0, {"cot": 1, "cod": 1})
@@ -98,6 +151,11 @@ def test_requests_are_read_without_responses(tmp_path: Path) -> None:
     save_images(folder)
     pictures = check(folder, Options(unlabeled=True))
     assert (pictures.read, pictures.usable, pictures.bad, pictures.images) == (4, 3, 1, 3)
+    (folder / "labels.csv").touch()
+    (folder / ".DS_Store").touch()
+    said = "\n".join(summary(check(folder, Options(unlabeled=True))))
+    assert "4 rows read" in said
+    assert "left out  2 files that are no pictures: hidden 1, .csv 1" in said
 
 
 def test_pixels_are_decoded_where_asked(tmp_path: Path) -> None:
@@ -210,7 +268,8 @@ def test_the_command_ends_with_1_where_too_many_rows_are_bad(
     assert main(["data", "check", str(source), "data.max_bad_share=0.9", "--out", "other.html"]) == 0
     assert Path("other.html").is_file()
     source.write_text("")
-    assert main(["data", "check", str(source)]) == 1
+    assert main(["data", "check", str(source)]) == 2
+    assert f"{source}: holds no rows or images; name a file" in capsys.readouterr().err
 
 
 def test_mistakes_at_the_command_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from formats import FORMATS, GOOD, save_images
+from PIL import Image
 
 from sicog_exp.data.formats import DataError, default_root
-from sicog_exp.data.images import ImageHeaders
+from sicog_exp.data.images import ImageError, ImageFolder, ImageHeaders, Images
 from sicog_exp.data.readers import Intake, read_annotated, read_unlabeled
 
 FILES = 200
@@ -65,17 +66,17 @@ FUZZED = ("LLaVA JSON", "LLaVA JSONL", "chat JSONL", "ShareGPT", "Parquet", "Par
           "datasets directory", "WebDataset shard")  # fmt: skip
 
 
-def read(source: Path, annotated: bool) -> tuple[int, Intake]:
+def read(source: Path, annotated: bool, images: Images | None = None) -> tuple[int, Intake]:
     """Usable rows and the intake, over the real readers; damaged pictures inside are decoded."""
-    intake, images = Intake(), ImageHeaders(DECODED, decode=True)
+    intake, images = Intake(), images or ImageHeaders(DECODED, decode=True)
     reader = read_annotated if annotated else read_unlabeled
     return sum(1 for _ in reader(source, default_root(source), images, intake)), intake
 
 
-def attempt(source: Path, annotated: bool = True) -> tuple[int, Intake] | str:
+def attempt(source: Path, annotated: bool = True, images: Images | None = None) -> tuple[int, Intake] | str:
     """`read`, or the error's message where it is one of ours; any other one ends the test."""
     try:
-        return read(source, annotated)
+        return read(source, annotated, images)
     except DataError as error:
         return str(error)
 
@@ -86,8 +87,12 @@ def files_of(source: Path) -> list[Path]:
 
 @pytest.mark.parametrize("format", FUZZED)
 def test_damaged_files(format: str, tmp_path: Path) -> None:
-    """Every usable and rejected row is counted; a file that cannot be read whole is named in the error."""
+    """Every usable and rejected row is counted; a file that cannot be read whole is named in the error.
+
+    Pictures go the way of a run, into a data set's folder.
+    """
     save_images(tmp_path)
+    (tmp_path / "kept").mkdir()
     source = FORMATS[format](tmp_path, GOOD)
     files = files_of(source)
     good = {file: file.read_bytes() for file in files}
@@ -98,7 +103,7 @@ def test_damaged_files(format: str, tmp_path: Path) -> None:
         content = bytearray(good[file])
         rng.choice(DAMAGE)(content, rng)
         file.write_bytes(content)
-        found = attempt(source, annotated=number % 4 > 0)
+        found = attempt(source, number % 4 > 0, ImageFolder(tmp_path / "kept", DECODED))
         if isinstance(found, str):
             assert str(source) in found or str(file) in found, number
             assert ";" in found, "no fix is named"
@@ -115,6 +120,31 @@ def test_damaged_files(format: str, tmp_path: Path) -> None:
         file.write_bytes(good[file])
     assert sum(outcomes.values()) == FILES
     assert read(source, annotated=True)[0] == len(GOOD), "the undamaged file"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF"])
+def test_damaged_pictures(format: str, tmp_path: Path) -> None:
+    """Who decodes and who keeps a picture refuse the same ones for the same reasons; headers alone refuse no others."""
+
+    def refused(images: Images) -> str:
+        try:
+            images.add(tmp_path, "x")
+        except ImageError as error:
+            return str(error)
+        return ""
+
+    picture, other = (Image.effect_noise((24, 24), sigma) for sigma in (50, 90))
+    picture.save(tmp_path / "x", format, **({"save_all": True, "append_images": [other]} if format == "MPO" else {}))
+    good = (tmp_path / "x").read_bytes()
+    assert not refused(ImageFolder(tmp_path / "kept", DECODED))
+    for number in range(FILES):
+        rng = random.Random(f"{format} {number}")
+        content = bytearray(good)
+        rng.choice(DAMAGE)(content, rng)
+        (tmp_path / "x").write_bytes(content)
+        kept = refused(ImageFolder(tmp_path / "kept", DECODED))
+        assert refused(ImageHeaders(DECODED, decode=True)) == kept, number
+        assert kept or not refused(ImageHeaders(DECODED)), number
 
 
 @pytest.mark.parametrize("format", ["LLaVA JSON", "Parquet", "WebDataset shard"])

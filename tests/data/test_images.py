@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from sicog_exp.data.images import ImageError, ImageFolder, open_image, pixel_hash
+from sicog_exp.data.images import ImageError, ImageFolder, ImageHeaders, open_image, pixel_hash
 
 LIMIT = 50_000_000
 
@@ -47,6 +47,33 @@ def test_allowed_formats(tmp_path: Path, format: str) -> None:
     assert open_image(tmp_path, "x", LIMIT).size == (8, 6)
 
 
+def save_phone_picture(path: Path) -> None:
+    """A JPEG with a second picture behind the first, which Pillow calls MPO."""
+    picture().save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (3, 3))])
+
+
+def test_of_a_jpeg_with_more_pictures_inside_the_first_is_read(tmp_path: Path) -> None:
+    """By all who open it: headers, decoding, and the folder that a data set keeps."""
+    save_phone_picture(tmp_path / "x.jpg")
+    folder, headers, decoded = ImageFolder(tmp_path / "out", LIMIT), ImageHeaders(LIMIT), ImageHeaders(LIMIT, True)
+    stored = folder.add(tmp_path, "x.jpg")
+    assert stored.endswith(".jpg")
+    assert open_image(tmp_path / "out", stored, LIMIT).size == (8, 6)
+    assert folder.add(tmp_path, (tmp_path / "x.jpg").read_bytes()) == stored
+    for one in (headers, decoded):
+        assert one.add(tmp_path, "x.jpg") == "x.jpg"
+        assert one.sizes == {"x.jpg": (8, 6)}
+
+
+def test_a_format_that_no_folder_keeps_is_refused_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `sicog data check` calls usable, a run can keep."""
+    monkeypatch.setattr("sicog_exp.data.images.FIRST_OF_MANY", {})
+    save_phone_picture(tmp_path / "x.jpg")
+    for images in (ImageHeaders(LIMIT), ImageHeaders(LIMIT, True), ImageFolder(tmp_path / "out", LIMIT)):
+        with pytest.raises(ImageError, match="no image of an allowed format"):
+            images.add(tmp_path, "x.jpg")
+
+
 @pytest.mark.parametrize("format", ["TIFF", "PPM", "ICO", "PDF", "TGA"])
 def test_other_formats_are_refused(tmp_path: Path, format: str) -> None:
     picture((16, 16)).save(tmp_path / "x.png", format)
@@ -56,7 +83,7 @@ def test_other_formats_are_refused(tmp_path: Path, format: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["http://example.org/a.png", "HTTPS://example.org/a.png", "file:///etc/passwd", "file:a.png", "s3://bucket/a.png",
+    ["http://example.org/a.png", "HTTPS://example.org/a.png", "file://host/a.png", "file:a.png", "s3://bucket/a.png",
      "data:image/png;base64,AAAA"],
 )  # fmt: skip
 def test_a_url_is_never_fetched(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +103,14 @@ def test_no_path_leaves_the_root(tmp_path: Path, name: str) -> None:
         open_image(root, name, LIMIT)
     with pytest.raises(ImageError, match="outside the data root"):
         open_image(root, str(tmp_path / "outside.png"), LIMIT)
+    with pytest.raises(ImageError, match="outside the data root"):
+        open_image(root, (tmp_path / "outside.png").as_uri(), LIMIT)
+
+
+def test_a_file_s_address_under_the_root_is_its_path(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    for address in (f"file://{tmp_path}/a.png", f"FILE://{tmp_path}/a.png"):
+        assert open_image(tmp_path, address, LIMIT).size == (8, 6)
 
 
 def test_a_link_inside_the_root_is_fine(tmp_path: Path) -> None:
