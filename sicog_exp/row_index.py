@@ -63,24 +63,31 @@ class RowIndex:
                 number, start, _ = self._spans[first].tolist()
                 streams[number].seek(start)
                 id = self._id_of(streams[number].readline())
-                yield id, self._read(id, streams)
+                yield id, self._parsed(id, self._lines(id, streams))
 
     def rows(self, id: str) -> list[dict[str, Any]]:
         """The rows of one id in the order of files and lines; none of an unknown one."""
+        return self._parsed(id, self.lines(id))
+
+    def lines(self, id: str) -> list[bytes]:
+        """The same, unread."""
         with ExitStack() as stack:
             numbers = set(self._spans[self._places(hash(id)), 0].tolist())
-            return self._read(id, {i: stack.enter_context(self._files[i].open("rb")) for i in numbers})
+            return self._lines(id, {i: stack.enter_context(self._files[i].open("rb")) for i in numbers})
 
     def _places(self, hashed: int) -> Any:
         """The spans of an id, by its hash."""
         low, high = np.searchsorted(self._hashes, [hashed]), np.searchsorted(self._hashes, [hashed], "right")
         return self._order[low[0] : high[0]]
 
-    def _read(self, id: str, streams: Mapping[int, IO[bytes]]) -> list[dict[str, Any]]:
+    def _lines(self, id: str, streams: Mapping[int, IO[bytes]]) -> list[bytes]:
         lines: list[bytes] = []
         for number, start, end in self._spans[self._places(hash(id))].tolist():
             streams[number].seek(start)
             lines += streams[number].read(end - start).splitlines()
+        return lines
+
+    def _parsed(self, id: str, lines: Sequence[bytes]) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in lines]
         if any(row[self._key] != id for row in rows):  # once in 2**64 pairs of ids
             raise RuntimeError(f"another id has the hash of {id!r}: run the command again, which hashes otherwise")
