@@ -10,20 +10,20 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sicog_exp.curation.contamination import Overlap, Picture, Question, Row, TextIndex, counts, overlaps, picture_of
+from sicog_exp.curation.similarity import batched
 from sicog_exp.data.images import open_image
 from sicog_exp.data.readers import words_of
 from sicog_exp.evaluation.suites import load_suite, suite_state
 from sicog_exp.prompts import CAPTION_KINDS, prompt, question_of
 from sicog_exp.recipe import Recipe, RecipeError
-from sicog_exp.records import Record, read_jsonl, read_records, write_jsonl, write_records
+from sicog_exp.records import Record, RecordFile, read_jsonl, write_jsonl, write_records
 from sicog_exp.store import MANIFEST, Artifact, Step, Workplace
 
 POOLS = ("annotated", "unlabeled", "instruction", "alignment")
@@ -31,6 +31,8 @@ POOLS = ("annotated", "unlabeled", "instruction", "alignment")
 CHECK, SELF_CHECK = "contamination", "contamination-self"
 OVERLAPS, QUESTIONS, SUMMARY = "overlaps.jsonl", "questions.jsonl", "summary.json"
 REVISION = 1
+DECODED = 256
+"""Pictures that are decoded together."""
 RunStep = Callable[[Step], Artifact]
 
 
@@ -61,36 +63,64 @@ def check_step(recipe: Recipe, data: Artifact) -> Step:
 
 
 def check(suite: str, data: Path, workplace: Workplace, max_pixels: int, judged: bool = False) -> None:
-    """Fill a step's directory: `overlaps.jsonl`, `questions.jsonl` (the benchmarks' texts), `summary.json`."""
+    """Fill a step's directory: `overlaps.jsonl`, `questions.jsonl` (the benchmarks' texts), `summary.json`.
+
+    In memory are what the benchmarks hold (10 kB a picture), the names of the training pictures, and which of these
+    match; training rows and pictures are read as they are compared.
+    """
     from sicog_exp.evaluation.contents import read_contents
 
     held = read_contents(load_suite(suite), data, judged)
-    pools = [split for split in POOLS if (data / f"{split}.parquet").is_file()]
-    records = [(split, record) for split in pools for record in read_records(data / f"{split}.parquet")]
-    names = list(dict.fromkeys(image for _, record in records for image in record.images))
-    shown = read_pictures(data, names, max_pixels)
-    rows = [_row(split, record) for split, record in records]
-    found = list(overlaps(rows, shown, held.questions, held.pictures))
+    pools = {split: RecordFile(data / f"{split}.parquet") for split in POOLS if (data / f"{split}.parquet").is_file()}
+    shown = Pictures(data, _images(pools.values()), max_pixels)
+    rows = (_row(split, record) for split, records in pools.items() for record in records)
     write_jsonl(workplace.directory / QUESTIONS, (vars(question) for question in held.questions))
     summary = {
-        "rows": {split: sum(row.split == split for row in rows) for split in pools},
+        "rows": {split: len(records) for split, records in pools.items()},
         "pictures": len(shown),
         "questions": _per_task(held.questions),
         "benchmark_pictures": len(held.pictures),
         "long_texts": len(TextIndex(held.questions)),
         "unread": held.unread,
     }
-    _write(workplace, found, summary)
+    _write(workplace, overlaps(rows, shown, held.questions, held.pictures), summary)
 
 
-def read_pictures(root: Path, names: Sequence[str], max_pixels: int) -> dict[str, Picture]:
-    """Pictures by name, decoded side by side."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(partial(_read_picture, root, max_pixels), names, chunksize=64), strict=True))
+def _images(pools: Iterable[RecordFile]) -> list[str]:
+    """The names of all pictures, each once, by their first mention."""
+    return list(dict.fromkeys(image for records in pools for record in records for image in record.images))
 
 
-def _read_picture(root: Path, max_pixels: int, name: str) -> Picture:
-    return picture_of(open_image(root, name, max_pixels))
+class Pictures(Mapping[str, Picture]):
+    """A data set's pictures by name, read when they are asked for; walked through, DECODED of them are held."""
+
+    def __init__(self, root: Path, names: Sequence[str], max_pixels: int) -> None:
+        self._root, self._names, self._max_pixels = root, names, max_pixels
+
+    def __getitem__(self, name: str) -> Picture:
+        return picture_of(open_image(self._root, name, self._max_pixels))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def items(self) -> ItemsView[str, Picture]:
+        """Decoded side by side."""
+        return _Decoded(self)
+
+
+class _Decoded(ItemsView[str, Picture]):
+    def __init__(self, pictures: Pictures) -> None:
+        super().__init__(pictures)
+        self._pictures = pictures
+
+    def __iter__(self) -> Iterator[tuple[str, Picture]]:
+        with ThreadPoolExecutor() as pool:
+            # a batch at a time: `map` reads all that it is given, however few results were taken
+            for names in batched(self._pictures, DECODED):
+                yield from zip(names, pool.map(self._pictures.__getitem__, names), strict=True)
 
 
 def without_overlaps(recipe: Recipe, source: Artifact, checked: Artifact, run: RunStep) -> Artifact:
@@ -120,19 +150,18 @@ def without_repeated_texts(recipe: Recipe, curated: Artifact, checked: Artifact,
 
 def _check_self(task: Any, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     held = [Question(**{**row, "images": tuple(row["images"])}) for row in read_jsonl(inputs["checked"] / QUESTIONS)]
-    rows = [_row("self", record) for record in read_records(inputs["curated"] / "self.parquet")]
-    _write(workplace, list(overlaps(rows, {}, held, {})), {"rows": {"self": len(rows)}, "unread": {}})
+    records = RecordFile(inputs["curated"] / "self.parquet")
+    rows = (_row("self", record) for record in records)
+    _write(workplace, overlaps(rows, {}, held, {}), {"rows": {"self": len(records)}, "unread": {}})
 
 
 def _copy_without(task: CleanTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     source = inputs["source"].path
     for name, ids in task.left_out.items():
         gone = set(ids)
-        kept = [record for record in read_records(source / name) if record.id not in gone]
-        if not kept:
+        if not write_records(workplace.directory / name, (r for r in RecordFile(source / name) if r.id not in gone)):
             raise RecipeError(f"all rows of {name.removesuffix('.parquet')} show or say what a benchmark of the suite "
                               "holds: use other data or another suite, or data.exclude_contaminated=false")  # fmt: skip
-        write_records(workplace.directory / name, kept)
         workplace.add(left_out=len(gone))
     for path in source.rglob("*"):
         relative = path.relative_to(source)
@@ -165,11 +194,15 @@ def _per_task(questions: Iterable[Question]) -> dict[str, int]:
     return dict(per_task)
 
 
-def _write(workplace: Workplace, found: Sequence[Overlap], summary: dict[str, Any]) -> None:
-    write_jsonl(workplace.directory / OVERLAPS, (vars(overlap) for overlap in found))
-    text = json.dumps({**summary, "found": counts(found)}, indent=1, ensure_ascii=False)
+def _write(workplace: Workplace, found: Iterable[Overlap], summary: dict[str, Any]) -> None:
+    """The overlaps as they come, then what they count to, which is read from their file."""
+    file = workplace.directory / OVERLAPS
+    write_jsonl(file, (vars(overlap) for overlap in found))
+    by_split = counts(Overlap(**row) for row in read_jsonl(file))
+    text = json.dumps({**summary, "found": by_split}, indent=1, ensure_ascii=False)
     (workplace.directory / SUMMARY).write_text(text + "\n", encoding="utf-8")
-    workplace.add(samples=sum(summary["rows"].values()), overlapping=len({(o.split, o.id) for o in found}))
+    overlapping = sum(sum(by_how.values()) for by_how in by_split.values())
+    workplace.add(samples=sum(summary["rows"].values()), overlapping=overlapping)
 
 
 # What is said about it.

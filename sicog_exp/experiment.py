@@ -213,18 +213,18 @@ def origin(lineage: loop.Lineage, runner: Runner, index: int) -> dict[str, str]:
 def log_datasets(recipe: Recipe, lineage: loop.Lineage, tracker: Tracker) -> None:
     """The split that each generation was scored on and, from G1 on, the self-generated rows it was pre-trained on."""
     from sicog_exp.curation.calibration import DRAWN
-    from sicog_exp.records import read_records
+    from sicog_exp.records import RecordFile
     from sicog_exp.reporting.curation_page import SELF_DATA, drawn_lines
 
     split = recipe.evaluation.split
-    scored_rows = len(read_records(lineage.data / f"{split}.parquet"))
+    scored_rows = len(RecordFile(lineage.data / f"{split}.parquet"))
     tracker.log_dataset(tracker.run_id, split, lineage.data, "evaluation", scored_rows)
     for generation in lineage.generations:
         run_id = tracker.generation(generation.index)
         tracker.log_dataset(run_id, split, lineage.data, "evaluation", scored_rows)
         if generation.index and lineage.curated:
             curated = lineage.curated[generation.index - 1]
-            tracker.log_dataset(run_id, "self-data", curated, "training", len(read_records(curated / "self.parquet")))
+            tracker.log_dataset(run_id, "self-data", curated, "training", len(RecordFile(curated / "self.parquet")))
             for name in ("self.parquet", SUMMARY):  # the texts outlive the store
                 tracker.log_file(curated / name, SELF_DATA, generation.index)
             tracker.client.log_text(run_id, drawn_lines(curated.path), f"{SELF_DATA}/{DRAWN}")

@@ -9,8 +9,7 @@ samples the pool.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +19,11 @@ from sicog_exp.curation.consistency import lower_half, seeded_index
 from sicog_exp.curation.curate import Group
 from sicog_exp.curation.filters import parse
 from sicog_exp.data.images import IMAGES, open_image
+from sicog_exp.generation.pool_index import PoolIndex
 from sicog_exp.prompts import KINDS, Kind, prompt
 from sicog_exp.recipe import CurationConfig, Recipe, SamplingConfig
-from sicog_exp.records import Record, conversation, read_jsonl, read_records, write_records
+from sicog_exp.records import Record, RecordFile, RecordsById, conversation, read_jsonl, write_records
+from sicog_exp.row_index import RowIndex
 from sicog_exp.selfdata import GROUPS, PoolTask, curate_pools, items_of, numbered, sample_pools, training_rows
 from sicog_exp.store import Artifact, Step, Workplace
 
@@ -90,12 +91,13 @@ class ItemsTask:
 
 
 def draw_items(task: ItemsTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    """All unlabeled records of some images, drawn by the images' names: a larger number adds to a smaller one's."""
+    """All unlabeled records of some images, drawn by the images' names, which are held: a larger number adds to a
+    smaller one's."""
     records = items_of(inputs)
     shown = {record.images for record in records}
     ranked = sorted(shown, key=lambda names: hashlib.sha256(repr(names).encode()).digest())
     drawn = set(ranked[: task.images or None])
-    kept = write_records(workplace.directory / UNLABELED, [record for record in records if record.images in drawn])
+    kept = write_records(workplace.directory / UNLABELED, (record for record in records if record.images in drawn))
     workplace.add(samples=kept)
 
 
@@ -107,13 +109,12 @@ class CorruptTask:
 
 
 def corrupt_items(task: CorruptTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    """The kept items that show an image, each with a corrupted copy of its own."""
+    """The kept items that show an image, each with a corrupted copy of its own. The ids of the kept are held."""
     kept = {row["id"] for row in read_jsonl(inputs["curated"] / "curated.jsonl") if row["kept"]}
     (workplace.directory / IMAGES).mkdir(exist_ok=True)
-    rows = [_corrupted(record, inputs["data"].path, workplace.directory, task.max_pixels)
-            for record in items_of(inputs) if record.id in kept and record.images]  # fmt: skip
-    write_records(workplace.directory / UNLABELED, rows)
-    workplace.add(samples=len(rows))
+    rows = (_corrupted(record, inputs["data"].path, workplace.directory, task.max_pixels)
+            for record in items_of(inputs) if record.id in kept and record.images)  # fmt: skip
+    workplace.add(samples=write_records(workplace.directory / UNLABELED, rows))
 
 
 def _corrupted(record: Record, root: Path, out: Path, max_pixels: int) -> Record:
@@ -139,49 +140,62 @@ class PairsTask:
 
 
 def make_pairs(task: PairsTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    """Kept responses with one to reject, as two files of records with the same ids (`training.preference`)."""
+    """Kept responses with one to reject, as two files of records with the same ids (`training.preference`).
+
+    In memory are the ids of the rows that train and where the candidates stand; what they say is read item by item.
+    """
     from sicog_exp.training.preference import CHOSEN, REJECTED
 
     curated = inputs["curated"].path
-    images = {record.id: record.images for record in read_records(inputs["items"] / UNLABELED)}
-    pools = [pool for name, pool in inputs.items() if name.startswith("pool")]
-    options = low_scored(curated) if task.rejected == "low_score" else _by_sample(pools)
-    trains = {record.id for record in read_records(curated / "self.parquet")}
-    kept = [row for row in read_jsonl(curated / "curated.jsonl") if row["kept"]
-            and all(record.id in trains for record in training_rows(row, images[row["id"]]))]  # fmt: skip
-    found = [(row, text) for row in kept if (text := rejected_for(row, options.get(row["id"], ()), task.curation))]
-    write_records(workplace.directory / CHOSEN, [_record(row, row["chosen"], images) for row, _ in found])
-    write_records(workplace.directory / REJECTED, [_record(row, text, images) for row, text in found])
-    workplace.add(samples=len(kept), pairs=len(found))
+    items = RecordFile(inputs["items"] / UNLABELED)
+    pools = [pool / "candidates.jsonl" for name, pool in inputs.items() if name.startswith("pool")]
+    options = LowScored(curated) if task.rejected == "low_score" else PoolIndex(pools)
+    trains = {record.id for record in RecordFile(curated / "self.parquet")}
+    kept = sum(1 for _ in _trained(curated, items, trains))
+
+    def pairs() -> Iterator[tuple[Record, Record]]:
+        for row, images in _trained(curated, items, trains):
+            text = rejected_for(row, options.rows(row["id"]), task.curation)
+            if text:
+                yield _record(row, row["chosen"], images), _record(row, text, images)
+
+    write_records(workplace.directory / CHOSEN, (chosen for chosen, _ in pairs()))
+    found = write_records(workplace.directory / REJECTED, (rejected for _, rejected in pairs()))
+    workplace.add(samples=kept, pairs=found)
 
 
-def _record(row: Mapping[str, Any], response: str, images: Mapping[str, tuple[str, ...]]) -> Record:
-    kind, shown = row["chosen_kind"], images[row["id"]]
-    messages = conversation(prompt(kind, row["prompt"]), response, shown)
-    return Record(f"{row['id']}:{kind}", messages, shown, kind, "preference")
+def _trained(curated: Path, items: RecordFile, trains: Collection[str]) -> Iterator[tuple[dict, tuple[str, ...]]]:
+    """The kept rows of which every record trains, with their images."""
+    known = RecordsById(items)
+    for row in read_jsonl(curated / "curated.jsonl"):
+        if row["kept"]:
+            images = known[row["id"]].images
+            if all(record.id in trains for record in training_rows(row, images)):
+                yield row, images
 
 
-def low_scored(curated: Path) -> dict[str, list[dict]]:
-    """Sample id -> its candidates of the lower half by score."""
-    scores: dict[str, list[dict]] = defaultdict(list)
-    for row in read_jsonl(curated / "scores.jsonl"):
-        if row["score"] is not None:
-            scores[row["id"]].append(row)
-    return {row["id"]: _lower(row["candidates"], scores[row["id"]]) for row in read_jsonl(curated / "pool.jsonl")}
+def _record(row: Mapping[str, Any], response: str, images: tuple[str, ...]) -> Record:
+    kind = row["chosen_kind"]
+    messages = conversation(prompt(kind, row["prompt"]), response, images)
+    return Record(f"{row['id']}:{kind}", messages, images, kind, "preference")
+
+
+class LowScored:
+    """Each sample's candidates of the lower half by score, found when they are asked for."""
+
+    def __init__(self, curated: Path) -> None:
+        self._pool, self._scores = RowIndex([curated / "pool.jsonl"]), RowIndex([curated / "scores.jsonl"])
+
+    def rows(self, id: str) -> list[dict]:
+        """By sample id."""
+        scored = [row for row in self._scores.rows(id) if row["score"] is not None]
+        return _lower(self._pool.rows(id)[0]["candidates"], scored)
 
 
 def _lower(candidates: Sequence[dict], scores: Sequence[Mapping[str, Any]]) -> list[dict]:
     scored = [candidates[row["position"]] for row in scores]
     lower = lower_half([row["score"] for row in scores], [candidate["text"] for candidate in scored])
     return [scored[i] for i in lower]
-
-
-def _by_sample(pools: Sequence[Artifact]) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = defaultdict(list)
-    for pool in pools:
-        for row in read_jsonl(pool / "candidates.jsonl"):
-            found[row["sample_id"]].append(row)
-    return found
 
 
 def rejected_for(row: Mapping[str, Any], options: Sequence[Mapping[str, Any]], config: CurationConfig) -> str | None:

@@ -16,10 +16,10 @@ from sicog_exp.planning.plan import expected_work, make_plan, pricing
 from sicog_exp.preferences import (
     CorruptTask,
     ItemsTask,
+    LowScored,
     PairsTask,
     corrupt_items,
     draw_items,
-    low_scored,
     make_pairs,
     rejected_for,
 )
@@ -90,10 +90,10 @@ def curated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifac
 
 
 def test_low_scored_candidates_are_the_lower_half(curated: tuple[Artifact, Artifact]) -> None:
-    found = low_scored(curated[1].path)
-    assert sorted(c["text"] for c in found["u0"]) == [chain("blue"), "green", "green"]
-    assert [c["text"] for c in found["u1"]] == ["blue"]
-    assert found["u2"] == found["u3"] == []
+    found = LowScored(curated[1].path)
+    assert sorted(c["text"] for c in found.rows("u0")) == [chain("blue"), "green", "green"]
+    assert [c["text"] for c in found.rows("u1")] == ["blue"]
+    assert found.rows("u2") == found.rows("u3") == []
 
 
 def test_pairs_of_low_scored_candidates(curated: tuple[Artifact, Artifact], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ import numpy as np
 from sicog_exp.curation.consistency import mean_similarity_scores, seeded_index
 from sicog_exp.curation.diagnosis import QUALITY_NAMES, Choice, Truth, choice_of, final_of
 from sicog_exp.curation.diversity import ORDER, distinct_share, family_entropy, said
-from sicog_exp.curation.files import read_items
+from sicog_exp.curation.files import ItemsById
 from sicog_exp.curation.filters import DuplicateFilter
 from sicog_exp.curation.items import GROUPS, Group, Item, Response, group_of
 from sicog_exp.curation.selection import BELOW_THRESHOLD, DIRECT_DISAGREEMENT, NO_DIRECT_ANSWER
@@ -33,6 +34,7 @@ from sicog_exp.curation.similarity import Encoder, lexical_similarity, words_of
 from sicog_exp.prompts import normalize_answer
 from sicog_exp.recipe import UPPER_BOUNDS
 from sicog_exp.records import read_jsonl
+from sicog_exp.row_index import RowIndex
 
 Bounds = Callable[[Sequence[float], Sequence[str]], tuple[float, float]]
 """(low, high) of a mean, from values and the images they are about. The statistics stand in a room above this one."""
@@ -233,33 +235,27 @@ class Calibration:
 def read_pools(curated: Path, truths: Mapping[str, Truth], candidates: Path | None = None) -> dict[Group, Pool]:
     """The groups of a curation folder. Without `candidates`, the file that was curated, what needs the candidates that
     were not chosen stays unknown. No group where the truth chose, since no threshold did. Raises CurationError for a
-    file that cannot be read."""
+    file that cannot be read. Of an item, its row of `curated.jsonl` and numbers are held, not its other candidates."""
     summary = json.loads((curated / "summary.json").read_text(encoding="utf-8"))
     if summary["config"]["select"] in UPPER_BOUNDS:
         return {}
-    items = {item.id: item for item in read_items(candidates)} if candidates else {}
-    scores = _scores(curated)
+    items, scores = ItemsById(candidates) if candidates else None, RowIndex([curated / "scores.jsonl"])
     rows: dict[Group, list[dict[str, Any]]] = {group: [] for group in GROUPS}
     for row in read_jsonl(curated / "curated.jsonl"):
         rows[group_of(row["kind"])].append(row)
     return {group: _pool(group, rows[group], items, scores, truths, summary) for group in GROUPS if rows[group]}
 
 
-def _scores(curated: Path) -> dict[str, dict[int, float]]:
-    """Item id -> position -> score, of the candidates that took part."""
-    found: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in read_jsonl(curated / "scores.jsonl"):
-        if row["score"] is not None:
-            found[row["id"]][row["position"]] = row["score"]
-    return found
+def _scores(index: RowIndex, id: str) -> dict[int, float]:
+    """Position -> score, of an item's candidates that took part."""
+    return {row["position"]: row["score"] for row in index.rows(id) if row["score"] is not None}
 
 
-def _pool(group: Group, rows: Sequence[dict[str, Any]], items: Mapping[str, Item],
-          scores: Mapping[str, Mapping[int, float]], truths: Mapping[str, Truth],
-          summary: Mapping[str, Any]) -> Pool:  # fmt: skip
+def _pool(group: Group, rows: Sequence[dict[str, Any]], items: ItemsById | None, scores: RowIndex,
+          truths: Mapping[str, Truth], summary: Mapping[str, Any]) -> Pool:  # fmt: skip
     config, asked = summary["config"], summary["config"]["select"] == "best"
     chosen = [row for row in rows if row["chosen"] is not None and row["score"] is not None]
-    judged = tuple(_judged(group, row, _valid(items.get(row["id"]), scores[row["id"]]), len(scores[row["id"]]),
+    judged = tuple(_judged(group, row, items.get(row["id"]) if items else None, _scores(scores, row["id"]),
                            truths.get(row["id"]), config) for row in chosen)  # fmt: skip
     # Another encoder's scores are comparable with those of an encoder alone.
     encoded = config[f"{group}_scorer"] == "similarity" and not config.get(f"{group}_blend")
@@ -267,27 +263,24 @@ def _pool(group: Group, rows: Sequence[dict[str, Any]], items: Mapping[str, Item
         group, summary["encoder"] if encoded else "", len(rows), judged,
         threshold=float(summary["thresholds"][group]) if asked else None,
         near_duplicate=config["near_duplicate"] if asked and config["dedup"] else None,
-        drawn=_drawn(group, chosen, items, scores) if encoded else (),
+        drawn=_drawn(group, judged, items, scores) if encoded and items else (),
     )  # fmt: skip
 
 
-def _valid(item: Item | None, scores: Mapping[int, float]) -> list[Response] | None:
-    return None if item is None else [c for c in item.candidates if c.position in scores]
-
-
-def _judged(group: Group, row: Mapping[str, Any], others: Sequence[Response] | None, count: int, truth: Truth | None,
+def _judged(group: Group, row: Mapping[str, Any], item: Item | None, scores: Mapping[int, float], truth: Truth | None,
             config: Mapping[str, Any]) -> Judged:  # fmt: skip
     kind, text = row["chosen_kind"], row["chosen"]
+    others = None if item is None else [c for c in item.candidates if c.position in scores]
     texts = [{"kind": kind, "text": text}] if others is None else [{"kind": c.kind, "text": c.text} for c in others]
     choice = choice_of({**row, "kind": group}, texts, truth)
     return Judged(
         row=row,
         choice=replace(choice, random=None, unanimous=None) if others is None else choice,
-        candidates=count,
+        candidates=len(scores),
         formats=None if others is None else formats_agreement(group, row, others),
         eligible=_eligible(group, row, others, config),
         place=seeded_index(ORDER, row["id"], 2**48),
-        words=tuple(words_of(said(row))),
+        words=tuple(map(sys.intern, words_of(said(row)))),  # each word once, however many items say it
         answer=normalize_answer(final_of(kind, text)),
     )
 
@@ -324,12 +317,11 @@ def _eligible(group: Group, row: Mapping[str, Any], others: Sequence[Response] |
     return _is_most_frequent(normalize_answer(final_of(row["chosen_kind"], row["chosen"])), direct)
 
 
-def _drawn(group: Group, rows: Sequence[Mapping[str, Any]], items: Mapping[str, Item],
-           scores: Mapping[str, Mapping[int, float]]) -> tuple[Drawn, ...]:  # fmt: skip
+def _drawn(group: Group, judged: Sequence[Judged], items: ItemsById, scores: RowIndex) -> tuple[Drawn, ...]:
     """Items with candidates enough for encoders to disagree on, drawn by their ids."""
-    ids = [row["id"] for row in rows if row["id"] in items and len(scores[row["id"]]) >= COMPARABLE]
-    ids.sort(key=lambda id: seeded_index(ORDER, id, 2**48))
-    return tuple(_texts_of(group, items[id], scores[id]) for id in ids[:SAMPLE])
+    many = sorted((j for j in judged if j.row["id"] in items and j.candidates >= COMPARABLE), key=lambda j: j.place)
+    found = [(items.get(j.row["id"]), _scores(scores, j.row["id"])) for j in many[:SAMPLE]]
+    return tuple(_texts_of(group, item, own) for item, own in found if item is not None)
 
 
 def _texts_of(group: Group, item: Item, scores: Mapping[int, float]) -> Drawn:

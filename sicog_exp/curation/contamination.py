@@ -20,7 +20,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,7 +122,10 @@ def picture_of(image: Image) -> Picture:
 def overlaps(rows: Iterable[Row], pictures: Mapping[str, Picture], questions: Sequence[Question],
              benchmark_pictures: Mapping[str, Picture]) -> Iterator[Overlap]:  # fmt: skip
     """Every training row with every benchmark picture it shows (the question most like its own stands for the
-    picture's), or with the text it repeats; in the rows' order."""
+    picture's), or with the text it repeats; in the rows' order.
+
+    Rows and pictures are walked through once, the pictures first, and not held; what a benchmark holds is.
+    """
     shown: dict[str, list[Match]] = defaultdict(list)
     for match in picture_matches(pictures, benchmark_pictures):
         shown[match.image].append(match)
@@ -149,56 +152,87 @@ def _by_picture(row: Row, match: Match, questions: Sequence[Question]) -> Overla
 
 
 def picture_matches(pictures: Mapping[str, Picture], benchmark: Mapping[str, Picture]) -> list[Match]:
-    """Training pictures that show a picture of a benchmark, by name of both."""
+    """Training pictures that show a picture of a benchmark, by name of both.
+
+    `pictures` are walked through once, so they may be read as they are asked for: ROWS_PER_BATCH of the plain ones and
+    of the others are held.
+    """
     by_digest: dict[str, list[str]] = defaultdict(list)
     for name, picture in benchmark.items():
         by_digest[picture.digest].append(name)
-    found = [Match(name, other, "same pixels", 0.0) for name, picture in pictures.items()
-             for other in by_digest.get(picture.digest, ())]  # fmt: skip
-    same = {(match.image, match.benchmark_image) for match in found}
-    everything, detailed = list(benchmark), [name for name, picture in benchmark.items() if not picture.plain]
-    for plain, others in ((False, everything), (True, detailed)):  # of two plain pictures nothing can be said
-        names = [name for name, picture in pictures.items() if picture.plain == plain]
-        near = _near([pictures[n].thumbnail for n in names], [benchmark[n].thumbnail for n in others])
-        found += [Match(names[i], others[j], "near copy", round(1 - score, 4)) for i, j, score in near
-                  if (names[i], others[j]) not in same]  # fmt: skip
+    detailed = {name: picture for name, picture in benchmark.items() if not picture.plain}
+    looked_at = {False: _Views.of(benchmark), True: _Views.of(detailed)}  # of two plain pictures nothing can be said
+    found: list[Match] = []
+    for plain, batch in _of_one_sort(pictures.items()):
+        found += [Match(name, other, "same pixels", 0.0) for name, picture in batch
+                  for other in by_digest.get(picture.digest, ())]  # fmt: skip
+        found += _near_copies(batch, benchmark, looked_at[plain])
     return found
 
 
-def _near(left: Sequence[npt.NDArray[np.uint8]], right: Sequence[npt.NDArray[np.uint8]],
-          ) -> Iterator[tuple[int, int, float]]:  # fmt: skip
-    if not left or not right:
+def _of_one_sort(pictures: Iterable[tuple[str, Picture]]) -> Iterator[tuple[bool, list[tuple[str, Picture]]]]:
+    """(plain, named pictures), ROWS_PER_BATCH together as long as there are so many."""
+    waiting: dict[bool, list[tuple[str, Picture]]] = {False: [], True: []}
+    for name, picture in pictures:
+        batch = waiting[picture.plain]
+        batch.append((name, picture))
+        if len(batch) == ROWS_PER_BATCH:
+            yield picture.plain, batch
+            waiting[picture.plain] = []
+    yield from ((plain, batch) for plain, batch in waiting.items() if batch)
+
+
+@dataclass(frozen=True)
+class _Views:
+    """Benchmark pictures as training pictures are compared with them: thumbnails, and crops of these at COARSE."""
+
+    names: list[str]
+    thumbnails: npt.NDArray[np.uint8]
+    views: list[Floats]
+
+    @classmethod
+    def of(cls, pictures: Mapping[str, Picture]) -> _Views | None:
+        """None of no pictures."""
+        if not pictures:
+            return None
+        thumbnails = np.stack([picture.thumbnail for picture in pictures.values()])
+        return cls(list(pictures), thumbnails, [_coarse(thumbnails, cut) for cut in FIRST_CUTS])
+
+
+def _near_copies(batch: Sequence[tuple[str, Picture]], benchmark: Mapping[str, Picture],
+                 others: _Views | None) -> Iterator[Match]:  # fmt: skip
+    """Matches that are not of the same pixels."""
+    if others is None:
         return
-    a, b = np.stack(left), np.stack(right)
-    first, second = _alike(a, b)
+    for i, j, score in _near(np.stack([picture.thumbnail for _, picture in batch]), others):
+        (name, picture), other = batch[i], others.names[j]
+        if picture.digest != benchmark[other].digest:
+            yield Match(name, other, "near copy", round(1 - score, 4))
+
+
+def _near(part: npt.NDArray[np.uint8], others: _Views) -> Iterator[tuple[int, int, float]]:
+    first, second = _alike([_coarse(part, cut) for cut in FIRST_CUTS], others.views)
     for start in range(0, len(first), PAIRS_PER_BATCH):
         i, j = first[start : start + PAIRS_PER_BATCH], second[start : start + PAIRS_PER_BATCH]
-        x, y = a[i].astype(np.float32), b[j].astype(np.float32)
+        x, y = part[i].astype(np.float32), others.thumbnails[j].astype(np.float32)
         scores = np.maximum(window_correlation(x, y), window_correlation(y, x))
         yield from ((int(i[k]), int(j[k]), float(scores[k])) for k in np.nonzero(scores >= SAME)[0])
 
 
-def _alike(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _alike(a: Sequence[Floats], b: Sequence[Floats]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Pairs worth a second look: for each of `a` the CANDIDATES of `b` most alike at COARSE blocks, crops included.
 
     One matrix product a crop: 100,000 pictures against 10,000 are 1.4e12 multiplications and no loop over pairs.
     """
-    views_b = [_coarse(b, cut) for cut in FIRST_CUTS]
-    found_a, found_b = [], []
-    for start in range(0, len(a), ROWS_PER_BATCH):
-        part = a[start : start + ROWS_PER_BATCH]
-        views = [_coarse(part, cut) for cut in FIRST_CUTS]
-        score = views[0] @ views_b[0].T
-        for whole, cut in zip(views_b[1:], views[1:], strict=True):
-            np.maximum(score, views[0] @ whole.T, out=score)
-            np.maximum(score, cut @ views_b[0].T, out=score)
-        count = min(CANDIDATES, score.shape[1])
-        best = np.argpartition(-score, count - 1, axis=1)[:, :count]
-        i = np.repeat(np.arange(len(part)), count)
-        kept = score[i, best.ravel()] >= FIRST_LOOK
-        found_a.append(i[kept] + start)
-        found_b.append(best.ravel()[kept])
-    return np.concatenate(found_a), np.concatenate(found_b)
+    score = a[0] @ b[0].T
+    for whole, cut in zip(b[1:], a[1:], strict=True):
+        np.maximum(score, a[0] @ whole.T, out=score)
+        np.maximum(score, cut @ b[0].T, out=score)
+    count = min(CANDIDATES, score.shape[1])
+    best = np.argpartition(-score, count - 1, axis=1)[:, :count].ravel()
+    rows = np.repeat(np.arange(len(score)), count)
+    kept = score[rows, best] >= FIRST_LOOK
+    return rows[kept], best[kept]
 
 
 FIRST_CUTS: tuple[tuple[float, float, float, float], ...] = (
@@ -353,11 +387,8 @@ def _grams(words: Sequence[str]) -> list[str]:
 
 
 def counts(found: Iterable[Overlap]) -> dict[str, dict[str, int]]:
-    """Split -> rows that overlap, by how; a row counts once, by its first overlap."""
-    first: dict[tuple[str, str], str] = {}
-    for overlap in found:
-        first.setdefault((overlap.split, overlap.id), overlap.how)
+    """Split -> rows that overlap, by how; a row counts once, by its first overlap. Those of a row stand together."""
     by_split: dict[str, Counter[str]] = defaultdict(Counter)
-    for (split, _), how in first.items():
-        by_split[split][how] += 1
+    for (split, _), of_row in groupby(found, key=lambda overlap: (overlap.split, overlap.id)):
+        by_split[split][next(of_row).how] += 1
     return {split: dict(sorted(by_how.items())) for split, by_how in sorted(by_split.items())}

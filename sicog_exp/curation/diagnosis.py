@@ -7,7 +7,7 @@ here chooses, keeps or trains on a candidate. (Upper bounds, which do that on pu
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +16,7 @@ from typing import Any
 from sicog_exp.curation.curate import GROUPS, Group
 from sicog_exp.prompts import Kind, final_text, normalize_answer
 from sicog_exp.records import read_jsonl
+from sicog_exp.row_index import RowIndex
 
 QUALITY_NAMES: dict[Group, str] = {"caption": "precision", "reasoning": "right"}
 """What a candidate's quality means in each group."""
@@ -31,7 +32,7 @@ class Truth:
     chain: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Quality:
     """A candidate's quality in [0, 1]. Answers: 1 if right, precision = recall.
 
@@ -43,7 +44,7 @@ class Quality:
     recall: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
     """The chosen candidate of one item; what needs its truth is None where that is unknown.
 
@@ -144,37 +145,57 @@ class Diagnosis:
 def diagnose(curated: Path, data: Path) -> dict[Group, Diagnosis]:
     """The groups that a curation artifact holds, judged by the data artifact's `truth.jsonl`.
 
-    Where a truth is unknown (a user's own images) only scores and keep rates remain.
+    Where a truth is unknown (a user's own images) only scores and keep rates remain. Texts are read item by item; what
+    is held of one is its `Choice`, about 0.2 kB.
     """
     truths = read_truth(data)
-    valid = valid_positions(curated)
-    verdicts = {row["id"]: row for row in read_jsonl(curated / "curated.jsonl")}
+    pool, scores = RowIndex([curated / "pool.jsonl"]), RowIndex([curated / "scores.jsonl"])
     choices: dict[Group, list[Choice]] = {group: [] for group in GROUPS}
-    items = Counter(verdict["kind"] for verdict in verdicts.values())
-    known = Counter(verdict["kind"] for id, verdict in verdicts.items() if id in truths)
-    for row in read_jsonl(curated / "pool.jsonl"):
-        verdict = verdicts.get(row["id"])  # none where curation could not use the row
-        if verdict is not None and verdict["chosen"] is not None:
-            candidates = [row["candidates"][at] for at in valid.get(row["id"], ())]
-            choices[row["kind"]].append(choice_of(verdict, candidates, truths.get(row["id"])))
+    items: Counter[str] = Counter()
+    known: Counter[str] = Counter()
+    for verdict in read_jsonl(curated / "curated.jsonl"):
+        id, group, truth = verdict["id"], verdict["kind"], truths.get(verdict["id"])
+        items[group] += 1
+        known[group] += truth is not None
+        if verdict["chosen"] is not None:
+            said = pool.rows(id)[0]["candidates"]  # a second row of the same id is none that curation could use
+            candidates = [said[at["position"]] for at in scores.rows(id) if at["score"] is not None]
+            choices[group].append(choice_of(verdict, candidates, truth))
     return {group: Diagnosis(group, items[group], known[group], tuple(choices[group]))
             for group in GROUPS if items[group]}  # fmt: skip
 
 
-def read_truth(data: Path) -> dict[str, Truth]:
+def read_truth(data: Path) -> Mapping[str, Truth]:
     """Item id -> what the data artifact's `truth.jsonl` knows of it."""
-    return {row["id"]: Truth(row["answer"] if "answer" in row else row["description"], row["family"],
-                             row.get("chain", ""))
-            for row in read_jsonl(data / "truth.jsonl")}  # fmt: skip
+    return Truths(data / "truth.jsonl")
 
 
-def valid_positions(curated: Path) -> dict[str, list[int]]:
-    """Item id -> positions, within its pool row, of the candidates that curation scored."""
-    valid: dict[str, list[int]] = defaultdict(list)
-    for row in read_jsonl(curated / "scores.jsonl"):
-        if row["score"] is not None:
-            valid[row["id"]].append(row["position"])
-    return dict(valid)
+def truth_of(row: Mapping[str, Any]) -> Truth:
+    """Of a row of such a file."""
+    text = row["answer"] if "answer" in row else row["description"]
+    return Truth(str(text), row.get("family", ""), row.get("chain", ""))
+
+
+class Truths(Mapping[str, Truth]):
+    """The truths of a file by item id, read as they are asked for."""
+
+    def __init__(self, file: Path) -> None:
+        self._index = RowIndex([file])
+
+    def __getitem__(self, id: str) -> Truth:
+        rows = self._index.rows(id)
+        if not rows:
+            raise KeyError(id)
+        return truth_of(rows[-1])
+
+    def __iter__(self) -> Iterator[str]:
+        return (id for id, _ in self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._index
 
 
 def quality(group: Group, final: str, truth: str) -> Quality:

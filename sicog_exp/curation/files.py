@@ -13,7 +13,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from sicog_exp.curation.selection import Judge, row_thresholds, threshold_of
 from sicog_exp.curation.similarity import Encoder, build_encoder
 from sicog_exp.prompts import CAPTION_KINDS, REASONING_KINDS, STEPS, Kind
 from sicog_exp.recipe import CurationConfig
+from sicog_exp.row_index import RowIndex
 
 OUTPUTS = ("curated", "scores", "preferences", "rejected")
 _NUMBERS = (int, float)  # made once: isinstance is called for every candidate
@@ -71,13 +72,26 @@ def curate_file(candidates: Path, out: Path, config: CurationConfig, encoder: En
     return summary
 
 
-def read_items(candidates: Path) -> Iterator[Item]:
-    """The usable rows of a file of candidates, as `curate_file` takes them; what it lists as rejected is left out."""
-    try:
-        with candidates.open("rb") as source:
-            yield from _Reader(candidates.name, source, io.StringIO()).items()
-    except OSError as error:
-        raise CurationError(f"{candidates}: {error.strerror or error}; name the file that was curated") from error
+class ItemsById(RowIndex):
+    """The usable rows of a file of candidates, as `curate_file` takes them, read when they are asked for."""
+
+    def __init__(self, candidates: Path) -> None:
+        try:
+            super().__init__([candidates])
+        except OSError as error:
+            raise CurationError(f"{candidates}: {error.strerror or error}; name the file that was curated") from error
+
+    def _id_of(self, line: bytes) -> str:
+        """"" of what is no row: no item has it."""
+        try:
+            found = super()._id_of(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return ""
+        return found if isinstance(found, str) else ""
+
+    def get(self, id: str) -> Item | None:
+        """None of an unknown id, and where no row of it can be used."""
+        return next(_Reader(id, self.lines(id), io.StringIO()).items(), None)
 
 
 def _settings(config: CurationConfig, tally: Tally) -> dict[str, Any]:
@@ -182,7 +196,7 @@ class _Reader:
     """Items of a JSONL stream; what cannot be used goes to `rejected` and is counted."""
 
     name: str
-    source: IO[bytes]
+    source: Iterable[bytes]
     rejected: IO[str]
     rows: int = 0
     usable: int = 0

@@ -500,7 +500,7 @@ def _read_folder(path: Path, folder: Images, intake: Intake, limit: int, seed: i
 
 
 def _read_requests(path: Path, root: Path, folder: Images, intake: Intake, limit: int) -> Iterator[Request]:
-    seen: dict[tuple[str, str], tuple[str, int]] = {}
+    seen: dict[int, tuple[str, int]] = {}
     named: set[str | bytes] = set()
     opened: set[str] = set()
 
@@ -514,11 +514,12 @@ def _read_requests(path: Path, root: Path, folder: Images, intake: Intake, limit
         image = _add(folder, root, row.images[0])
         named.add(name)
         opened.add(image)
-        if (image, question) in seen:
-            reason = f"the same image and question stand in {_place(*seen[image, question])} too"
+        place, asked = (found.part, found.row), hash((image, question))
+        if asked in seen:
+            reason = f"the same image and question stand in {_place(*seen[asked])} too"
             raise BadRow("repeated", reason, "nothing to do")
-        seen[image, question] = found.part, found.row
-        return Request(image, question, answer, row.family, (found.part, found.row))
+        seen[asked] = place
+        return Request(image, question, answer, row.family, place)
 
     return (request for request in _each(path, intake, make) if request is not None)
 

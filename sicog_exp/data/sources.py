@@ -9,6 +9,7 @@ Image paths in records are relative to the directory. No two splits share a pict
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -48,6 +49,7 @@ from sicog_exp.data.scenes import Scene, make_scene, render, rng_for
 from sicog_exp.prompts import Kind
 from sicog_exp.recipe import DataConfig
 from sicog_exp.records import Record, RecordFile, conversation, turns_conversation, write_jsonl, write_records
+from sicog_exp.row_index import RowIndex
 
 SPLITS = ("annotated", "unlabeled", "instruction", "development", "benchmark")
 PUBLIC = ("instruction", "alignment")
@@ -80,13 +82,18 @@ class Selection:
 
 @dataclass
 class Dataset:
-    """A data set under construction: records by split, and truths of unlabeled records where they are known."""
+    """A data set under construction: records by split, and truths of unlabeled records where they are known.
+
+    The records of a source that is made or packaged are held, tens of thousands at most; those of a user's files lie on
+    disk. Of these are held ids, names and hashes of pictures, and rows that are set aside.
+    """
 
     folder: ImageFolder
     splits: dict[str, list[Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     selected: dict[str, Selection] = field(default_factory=dict)
     """Splits that are walked through instead of held."""
-    truth: list[dict[str, str]] = field(default_factory=list)
+    truth: list[Iterable[dict[str, str]]] = field(default_factory=list)
+    """In parts, which may be streams."""
     intake: Intake = field(default_factory=Intake)
 
     @property
@@ -100,13 +107,13 @@ class Dataset:
     def add(self, split: str, id: str, kind: Kind, image: str, question: str = "", response: str | None = None,
             family: str = "") -> None:  # fmt: skip
         """One single-turn record about one image, worded by the prompt table."""
-        messages = conversation(prompts.prompt(kind, question), response, (image,))
-        self.splits[split].append(Record(id, messages, (image,), kind, split, family))
+        self.splits[split].append(_single(split, id, kind, image, question, response, family))
 
-    def add_truth(self, id: str, family: str = "", **known: str) -> None:
-        """What the source knows of an unlabeled record: its `answer` or its `description`, and that in steps (`chain`)
-        where it writes them."""
-        self.truth.append({"id": id, **{name: text for name, text in known.items() if text}, "family": family})
+
+def _single(split: str, id: str, kind: Kind, image: str, question: str = "", response: str | None = None,
+            family: str = "") -> Record:  # fmt: skip
+    messages = conversation(prompts.prompt(kind, question), response, (image,))
+    return Record(id, messages, (image,), kind, split, family)
 
 
 def build_dataset(config: DataConfig, directory: Path) -> None:
@@ -122,12 +129,12 @@ def build_dataset(config: DataConfig, directory: Path) -> None:
     dataset.folder.prune({image for records in splits.values() for r in records for image in r.images})
     for split, records in splits.items():
         write_records(directory / f"{split}.parquet", records)
-    write_jsonl(directory / "truth.jsonl", dataset.truth)
+    write_jsonl(directory / "truth.jsonl", itertools.chain.from_iterable(dataset.truth))
     dataset.intake.write(directory / REJECTED)
     text = json.dumps(_summary(config, dataset), indent=1, sort_keys=True, ensure_ascii=False)
     (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
-    for split in splits:
-        _spool(directory, split).unlink(missing_ok=True)
+    for spool in (_requests_file(directory), *(_spool(directory, split) for split in splits)):
+        spool.unlink(missing_ok=True)
 
 
 def _check_splits(dataset: Dataset, splits: Mapping[str, Iterable[Record]]) -> None:
@@ -141,6 +148,11 @@ def _check_splits(dataset: Dataset, splits: Mapping[str, Iterable[Record]]) -> N
 def _spool(directory: Path, split: str) -> Path:
     """Where the usable rows of a user's file lie while they are divided into splits."""
     return directory / f".{split}.parquet"
+
+
+def _requests_file(directory: Path) -> Path:
+    """Where the usable unlabeled rows lie until those of one picture stand together."""
+    return directory / ".requests.jsonl"
 
 
 def check_disjoint(hashes: Mapping[str, str], splits: Mapping[str, Iterable[Record]]) -> None:
@@ -218,14 +230,29 @@ def _annotate(dataset: Dataset, known: Known) -> None:
 
 def _request(dataset: Dataset, known: Known) -> None:
     """One prompt for captions and one a question; what is known goes to the truth alone."""
-    dataset.add("unlabeled", f"{known.id}:caption", "cod", known.image)
-    if known.description:
-        dataset.add_truth(f"{known.id}:caption", description=known.description, chain=known.chain)
+    dataset.splits["unlabeled"] += _prompts(known)
+    dataset.truth.append(tuple(_truths(known)))
+
+
+def _prompts(known: Known) -> Iterator[Record]:
+    yield _single("unlabeled", f"{known.id}:caption", "cod", known.image)
     for i, q in enumerate(known.asked):
-        dataset.add("unlabeled", f"{known.id}:q{i}", "cot", known.image, q.text, family=q.family)
+        yield _single("unlabeled", f"{known.id}:q{i}", "cot", known.image, q.text, family=q.family)
+
+
+def _truths(known: Known) -> Iterator[dict[str, str]]:
+    """What the source knows of unlabeled records: the answer or the description, and that in steps (`chain`) where it
+    writes them."""
+    if known.description:
+        yield _truth(f"{known.id}:caption", description=known.description, chain=known.chain)
+    for i, q in enumerate(known.asked):
         if q.answer:
             chain = q.chain if known.description else ""  # a chain lists all that is there
-            dataset.add_truth(f"{known.id}:q{i}", q.family, answer=q.answer, chain=chain)
+            yield _truth(f"{known.id}:q{i}", q.family, answer=q.answer, chain=chain)
+
+
+def _truth(id: str, family: str = "", **known: str) -> dict[str, str]:
+    return {"id": id, **{name: text for name, text in known.items() if text}, "family": family}
 
 
 def _examine(dataset: Dataset, split: str, known: Known) -> None:
@@ -517,15 +544,22 @@ def _public(config: DataConfig, dataset: Dataset, split: str) -> Selection:
 
 
 def _own_requests(config: DataConfig, dataset: Dataset) -> None:
-    path = _path(config, "unlabeled")
-    asked: dict[str, list[Request]] = {}
-    for request in _unlabeled(config, dataset, path):
-        asked.setdefault(request.image, []).append(request)
-    dataset.intake.check(path, config.max_bad_share, dataset.folder.directory / REJECTED)
-    for image, requests in asked.items():
-        texts = tuple(Asked(r.question, r.answer, r.family) for r in requests if r.question)
-        description = next((r.answer for r in requests if not r.question), "")
-        _request(dataset, Known(Path(image).stem[:16], image, texts, description))
+    """The unlabeled records, those of one image together."""
+    path, directory = _path(config, "unlabeled"), dataset.folder.directory
+    write_jsonl(_requests_file(directory), map(vars, _unlabeled(config, dataset, path)))
+    dataset.intake.check(path, config.max_bad_share, directory / REJECTED)
+    asked, spool = RowIndex([_requests_file(directory)], "image"), _spool(directory, "unlabeled")
+    write_records(spool, (record for known in map(_known, asked) for record in _prompts(known)))
+    dataset.selected["unlabeled"] = Selection(RecordFile(spool), "unlabeled", {}, "unlabeled")
+    dataset.truth.append(truth for known in map(_known, asked) for truth in _truths(known))
+
+
+def _known(asked: tuple[str, Sequence[Mapping[str, Any]]]) -> Known:
+    """An image with the requests about it."""
+    image, requests = asked
+    texts = tuple(Asked(r["question"], r["answer"], r["family"]) for r in requests if r["question"])
+    description = next((r["answer"] for r in requests if not r["question"]), "")
+    return Known(Path(image).stem[:16], image, texts, description)
 
 
 def _unlabeled(config: DataConfig, dataset: Dataset, path: Path) -> Iterator[Request]:

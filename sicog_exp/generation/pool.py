@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryFile
+from typing import IO, Any, Protocol
 
 from sicog_exp.generation.engine import Decoding, Engine, Request, Sampled
 from sicog_exp.generation.requests import Key, check_requests, keys_of
@@ -48,7 +49,8 @@ def generate_pool(engine: PoolEngine, requests: Sequence[Request], decoding: Dec
     """Sample `requests` into the file `out` (`candidates.jsonl`), by way of shards in `scratch`.
 
     `scratch` belongs to one model, set of requests and decoding: shards that answer other requests are drawn again,
-    but another model's cannot be told. Returns samples, candidates, seconds, and the tokens of all kinds.
+    but another model's cannot be told. Requests and keys of candidates are held, and the texts of one batch. Returns
+    samples, candidates, seconds, and the tokens of all kinds.
     """
     check_requests(requests)
     if not requests:
@@ -56,31 +58,44 @@ def generate_pool(engine: PoolEngine, requests: Sequence[Request], decoding: Dec
     scratch.mkdir(parents=True, exist_ok=True)
     batches = engine.plan(requests, decoding)
     paths = [scratch / f"batch-{number:05d}.jsonl" for number in range(len(batches))]
-    found = [_read_shard(path, _digest(batch, decoding)) for path, batch in zip(paths, batches, strict=True)]
-    missing = [batch for batch, shard in zip(batches, found, strict=True) if not shard]
+    found = [_facts_of(_read_shard(path, _digest(batch, decoding))) for path, batch in zip(paths, batches, strict=True)]
+    missing = [batch for batch, facts in zip(batches, found, strict=True) if not facts]
     sampled = engine.sample_batches(missing, decoding)
-    shards: list[Sampled] = []
     total, done = sum(request.count for request in requests), 0
-    for path, batch, shard in zip(paths, batches, found, strict=True):
-        shards.append(shard or _write_shard(path, batch, decoding, next(sampled)))
-        done += len(shards[-1].candidates)
+    for number, (path, batch) in enumerate(zip(paths, batches, strict=True)):
+        facts = found[number] or _facts_of(_write_shard(path, batch, decoding, next(sampled)))
+        found[number] = facts
+        done += facts["candidates"]
         if progress:
             progress(done, total)
-    merge(requests, (candidate for shard in shards for candidate in shard.candidates), out)
-    return _facts(requests, shards)
+    merge(requests, (candidate for path in paths for candidate in _candidates(path)), out)
+    facts = {name: sum(facts[name] for facts in found) for name in ("candidates", "new_tokens", *COSTS)}
+    return {"samples": len({request.sample_id for request in requests}), **facts}
 
 
 def merge(requests: Sequence[Request], candidates: Iterable[Candidate], out: Path) -> int:
-    """Write all candidates in the order of requests, kinds and indices. Raises PoolError unless each occurs once."""
+    """Write all candidates in the order of requests, kinds and indices. Raises PoolError unless each occurs once.
+
+    Keys are held, and where each candidate stands in a nameless file beside `out`; what it says is not.
+    """
     wanted = [key for request in requests for key in keys_of(request)]
-    found: dict[Key, Candidate] = {}
+    places: dict[Key, int] = {}
     counts: Counter[Key] = Counter()
-    for candidate in candidates:
-        found[candidate.key] = candidate
-        counts[candidate.key] += 1
-    _check_complete(wanted, counts)
-    _write_atomic(out, [_line(candidate_row(found[key])) for key in _ordered(requests)])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=out.parent) as waiting:
+        for candidate in candidates:
+            key = candidate.key
+            places[key] = waiting.tell()
+            counts[key] += 1
+            waiting.write(_line(candidate_row(candidate)).encode())
+        _check_complete(wanted, counts)
+        _write_atomic(out, (_line_at(waiting, places[key]) for key in _ordered(requests)))
     return len(wanted)
+
+
+def _line_at(file: IO[bytes], place: int) -> str:
+    file.seek(place)
+    return file.readline().decode()
 
 
 def _check_complete(wanted: Sequence[Key], counts: Mapping[Key, int]) -> None:
@@ -133,6 +148,13 @@ def _digest(batch: Sequence[Request], decoding: Decoding) -> str:
     return hashlib.sha256(json.dumps([asked, asdict(decoding)], sort_keys=True).encode()).hexdigest()
 
 
+def _candidates(path: Path) -> Iterator[Candidate]:
+    """Of a whole shard."""
+    with path.open(encoding="utf-8") as file:
+        next(file)
+        yield from (candidate_from(json.loads(line)) for line in file)
+
+
 def _checksum(lines: Sequence[str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -142,7 +164,7 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def _write_atomic(path: Path, lines: Sequence[str]) -> None:
+def _write_atomic(path: Path, lines: Iterable[str]) -> None:
     """The whole file or none of it, whenever the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")  # one name, so that a killed write leaves nothing behind for good
@@ -158,11 +180,9 @@ def _write_atomic(path: Path, lines: Sequence[str]) -> None:
         os.close(folder)
 
 
-def _facts(requests: Sequence[Request], shards: Sequence[Sampled]) -> dict[str, Any]:
-    candidates = [candidate for shard in shards for candidate in shard.candidates]
-    return {
-        "samples": len({request.sample_id for request in requests}),
-        "candidates": len(candidates),
-        "new_tokens": sum(candidate.tokens for candidate in candidates),
-        **{name: sum(getattr(shard, name) for shard in shards) for name in COSTS},
-    }
+def _facts_of(shard: Sampled | None) -> dict[str, Any]:
+    """What is counted of a shard; nothing of none."""
+    if shard is None:
+        return {}
+    return {"candidates": len(shard.candidates), "new_tokens": sum(candidate.tokens for candidate in shard.candidates),
+            **{name: getattr(shard, name) for name in COSTS}}  # fmt: skip

@@ -3,6 +3,7 @@ or read as a run would; assumed where the data are not at hand."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -213,7 +214,8 @@ def _built(config: DataConfig, folder: Path) -> _Sample:
 
 
 def _own(config: DataConfig, folder: Path) -> _Sample:
-    """Every row counts as usable; the first ones of each kind are read as a run reads them."""
+    """Every row counts as usable; the first ones of each kind are read as a run reads them. Of a picture's name a
+    hash is held, to count them."""
     sample, pictures = _Sample(folder), ImageFolder(folder, config.max_pixels)
     for split in ("annotated", "instruction", "alignment", "development", "benchmark"):
         if _at_hand(getattr(config, split)):
@@ -235,13 +237,13 @@ def _root(config: DataConfig, path: Path) -> Path:
 
 
 def _read_annotated(path: Path, split: str, config: DataConfig, sample: _Sample, pictures: ImageFolder) -> None:
-    named: set[Any] = set()
+    named: set[int] = set()
     for number, found in enumerate(found_rows(path)):
         try:
             row = parse_row(found.raw, f"{split}-{number}")
             kind = row.kind or infer_kind(row.messages, tuple(map(str, row.images)))
             sample.counts[split, kind] += 1
-            named.update(row.images)
+            named.update(map(hash, row.images))
             if sum(record.kind == kind for record in sample.records[split]) < SAMPLE:
                 sample.records[split].append(make_record(row, _root(config, path), pictures, split))
         except BadRow:
@@ -250,16 +252,21 @@ def _read_annotated(path: Path, split: str, config: DataConfig, sample: _Sample,
 
 
 def _read_unlabeled(path: Path, config: DataConfig, sample: _Sample, pictures: ImageFolder) -> None:
-    limit, asked = config.unlabeled_images or None, list(_requests(path))
-    names = list(dict.fromkeys(name for name, _ in asked))[:limit]
-    kept = set(names)
-    questions = [(name, text) for name, text in asked if text and name in kept]
-    sample.counts["unlabeled", "cod"], sample.counts["unlabeled", "cot"] = len(names), len(questions)
-    sample.pictures["unlabeled"] += len(names)
+    kept: set[int] = set()
+    asked: dict[Kind, list[tuple[Any, str]]] = {"cod": [], "cot": []}
+    questions = 0
+    for name, text in _requests(path):
+        if hash(name) not in kept and len(kept) < (config.unlabeled_images or math.inf):
+            kept.add(hash(name))
+            asked["cod"] += [(name, "")] if len(kept) <= SAMPLE else []
+        if text and hash(name) in kept:
+            questions += 1
+            asked["cot"] += [(name, text)] if questions <= SAMPLE else []
+    sample.counts["unlabeled", "cod"], sample.counts["unlabeled", "cot"] = len(kept), questions
+    sample.pictures["unlabeled"] += len(kept)
     root = path if holds_images(path) else _root(config, path)
-    wanted: tuple[tuple[Kind, list], ...] = (("cod", [(name, "") for name in names]), ("cot", questions))
-    for kind, rows in wanted:
-        for name, text in rows[:SAMPLE]:
+    for kind, rows in asked.items():
+        for name, text in rows:
             try:
                 stored = pictures.add(root, name)
             except ImageError:

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -25,7 +25,7 @@ from sicog_exp.evaluation.benchmarks import read_samples
 from sicog_exp.evaluation.statistics import RESAMPLES
 from sicog_exp.prompts import KINDS, Kind, normalize_answer, question_of
 from sicog_exp.recipe import Recipe, to_yaml
-from sicog_exp.records import read_jsonl, read_records
+from sicog_exp.records import RecordFile, read_jsonl
 from sicog_exp.reporting.costs import Cost, CostRow
 from sicog_exp.reporting.curation_page import calibrated
 from sicog_exp.reporting.report import (
@@ -43,6 +43,7 @@ from sicog_exp.reporting.report import (
     SampleCandidate,
     TaskScore,
 )
+from sicog_exp.row_index import RowIndex
 from sicog_exp.store import Artifact
 
 T = TypeVar("T")
@@ -178,7 +179,7 @@ def _priors(lineage: Lineage) -> dict[str, dict[str, float]]:
     """Blind priors by task and family: the data set's own for its own questions (families of other sets may have the
     same names), for other tasks those of their own targets."""
     known = json.loads((lineage.data / "summary.json").read_text(encoding="utf-8"))["blind_prior"]
-    ids = {r.id for split in ("benchmark", "development") for r in read_records(lineage.data / f"{split}.parquet")}
+    ids = {r.id for split in ("benchmark", "development") for r in RecordFile(lineage.data / f"{split}.parquet")}
     tasks: dict[str, list[Answered]] = defaultdict(list)
     for sample in read_samples(lineage.generations[0].scores.path):
         tasks[sample.task].append(sample)
@@ -283,14 +284,13 @@ def _libraries(artifact: Artifact) -> dict[str, str]:
 def _gallery(recipe: Recipe, lineage: Lineage) -> tuple[Sample, ...]:
     """Items of the last iteration, drawn by the recipe's seed, groups and outcomes in turn."""
     curated, iteration = lineage.curated[-1], len(lineage.curated) - 1
-    verdicts = {row["id"]: row for row in _drawn(list(read_jsonl(curated / "curated.jsonl")), recipe.seed)}
-    pool = {row["id"]: row for row in read_jsonl(curated / "pool.jsonl") if row["id"] in verdicts}
-    scores = {(row["id"], row["position"]): row["score"]
-              for row in read_jsonl(curated / "scores.jsonl") if row["id"] in verdicts}  # fmt: skip
+    pool, scored = RowIndex([curated / "pool.jsonl"]), RowIndex([curated / "scores.jsonl"])
     truths, samples = read_truth(lineage.data.path), []
-    for id, verdict in verdicts.items():
-        truth, count = truths.get(id), len(pool[id]["candidates"])
-        candidates = _candidates(verdict, pool[id]["candidates"], [scores.get((id, i)) for i in range(count)], truth)
+    for verdict in _drawn(curated / "curated.jsonl", recipe.seed):
+        id, truth = verdict["id"], truths.get(verdict["id"])
+        rows = pool.rows(id)[0]["candidates"]
+        scores = {row["position"]: row["score"] for row in scored.rows(id)}
+        candidates = _candidates(verdict, rows, [scores.get(i) for i in range(len(rows))], truth)
         image = verdict["image"]
         png = _png(lineage.data.path, image, recipe.data.max_pixels) if image else None
         question = verdict["prompt"] if verdict["kind"] == "reasoning" else ""
@@ -321,9 +321,21 @@ def _picture(root: Path, name: str, max_pixels: int) -> bytes | None:
     return _png(root, name, max_pixels) if name and (root / name).is_file() else None
 
 
-def _drawn(verdicts: list[dict[str, Any]], seed: int, size: int = GALLERY_SIZE) -> list[dict[str, Any]]:
-    """As many of every group and outcome as there are; one that runs out leaves its room to the others."""
-    return _in_turn(verdicts, lambda verdict: (verdict["kind"], not verdict["kept"]), seed, size)
+def _drawn(verdicts: Path, seed: int, size: int = GALLERY_SIZE) -> list[dict[str, Any]]:
+    """Rows of a file, as many of every group and outcome as there are; one that runs out leaves its room to the others.
+
+    Numbers are drawn, from a byte a row, and their rows read afterwards.
+    """
+    names: list[tuple[str, bool]] = []
+    cells = bytearray()
+    for verdict in read_jsonl(verdicts):
+        cell = (verdict["kind"], not verdict["kept"])
+        if cell not in names:
+            names.append(cell)
+        cells.append(names.index(cell))
+    drawn = _in_turn(range(len(cells)), lambda number: names[cells[number]], seed, size)
+    found = {number: row for number, row in enumerate(read_jsonl(verdicts)) if number in drawn}
+    return [found[number] for number in drawn]
 
 
 def _in_turn(items: Sequence[T], cell: Callable[[T], Any], seed: int, size: int = GALLERY_SIZE) -> list[T]:
@@ -332,7 +344,7 @@ def _in_turn(items: Sequence[T], cell: Callable[[T], Any], seed: int, size: int 
     for item in random.Random(seed).sample(items, len(items)):
         cells[cell(item)].append(item)
     rounds = zip_longest(*(cells[name] for name in sorted(cells)))
-    return [item for turn in rounds for item in turn if item is not None][:size]
+    return list(islice((item for turn in rounds for item in turn if item is not None), size))
 
 
 def _candidates(verdict: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], scores: Sequence[float | None],

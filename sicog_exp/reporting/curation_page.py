@@ -22,7 +22,7 @@ from sicog_exp.curation.calibration import (
     read_pools,
 )
 from sicog_exp.curation.curate import Group
-from sicog_exp.curation.diagnosis import Truth, read_truth
+from sicog_exp.curation.diagnosis import Truth, Truths, read_truth, truth_of
 from sicog_exp.curation.similarity import build_encoder
 from sicog_exp.evaluation.statistics import RESAMPLES, interval
 from sicog_exp.recipe import TrackingConfig
@@ -89,7 +89,7 @@ def _of_folder(folder: Path, candidates: Path | None, truth: Path | None, encode
     return Found(folder.resolve().name, (Iteration("This pool", tuple(groups.values())),))
 
 
-def _truths(folder: Path, given: Path | None) -> dict[str, Truth]:
+def _truths(folder: Path, given: Path | None) -> Mapping[str, Truth]:
     """Of a file of ours, or of the data artifact that a step's manifest names; empty where nothing is known."""
     if given:
         return _given_truths(given)
@@ -101,11 +101,12 @@ def _truths(folder: Path, given: Path | None) -> dict[str, Truth]:
     return read_truth(homes[0]) if homes else {}
 
 
-def _given_truths(file: Path) -> dict[str, Truth]:
+def _given_truths(file: Path) -> Mapping[str, Truth]:
+    """Every row is looked at first, and read again when its item comes."""
     try:
-        rows = list(read_jsonl(file))
-        return {row["id"]: Truth(str(row["answer"] if "answer" in row else row["description"]), row.get("family", ""))
-                for row in rows}  # fmt: skip
+        for row in read_jsonl(file):
+            row["id"], truth_of(row)
+        return Truths(file)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"--truth {file}: {type(error).__name__} {error}; write a JSON object a line with id, answer "
                           "(or description, for captions) and optionally family") from None  # fmt: skip

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 from sicog_exp import prompts
 from sicog_exp.data.images import resolve
 from sicog_exp.recipe import Recipe, TrackingConfig
-from sicog_exp.records import Record, read_records, write_jsonl
+from sicog_exp.records import Record, RecordFile, write_jsonl
 from sicog_exp.store import MANIFEST, checksums, digest_of
 from sicog_exp.tracking import NAME, PARENT, connect, generation_runs
 
@@ -122,12 +122,13 @@ def export(source: str, directory: Path) -> Exported:
         facts = _facts(generation, manifest, rows, curation)
         _write_json(partial / "scores.json", _scores(generation, manifest))
         _write_card(partial / "model", "model_card.md", facts, _model_front(generation))
-        if rows:
-            _write_card(partial / "self-data", "data_card.md", facts, _data_front(generation, len(rows)))
-        images = len(list((partial / "self-data" / "images").glob("*")))
+        count = len(rows) if rows else 0
+        if count:
+            _write_card(partial / "self-data", "data_card.md", facts, _data_front(generation, count))
+        images = sum(1 for _ in (partial / "self-data" / "images").glob("*"))
         partial.rename(target)
     name = f"G{generation.index} of {generation.recipe['name']}"
-    return Exported(target, name, origin, len(rows), images, notes)
+    return Exported(target, name, origin, count, images, notes)
 
 
 # The folder.
@@ -298,15 +299,15 @@ def parameters(folder: Path) -> int:
 
 
 def _self_data(client: MlflowClient, generation: Generation, folder: Path,
-               scratch: Path) -> tuple[list[Record], dict[str, Any], tuple[str, ...]]:  # fmt: skip
-    """Fill `folder`; returns its rows, the summary of their curation, and what is missing."""
+               scratch: Path) -> tuple[RecordFile | None, dict[str, Any], tuple[str, ...]]:  # fmt: skip
+    """Fill `folder`; returns its rows (None without any), the summary of their curation, and what is missing."""
     if not generation.self_taught:
-        return [], {}, (f"no self-data/: G{generation.index} was trained on annotated and instruction rows alone",)
+        return None, {}, (f"no self-data/: G{generation.index} was trained on annotated and instruction rows alone",)
     name, data = generation.recorded("training").name, generation.recorded("evaluation").name
     curated = generation.stored(name) or _download(client, generation.run, "self-data", scratch)
     if curated is None:
-        return [], {}, (_missing(generation, f"self-data/: its rows ({name}) and pictures ({data})"),)
-    rows = read_records(curated / ROWS)
+        return None, {}, (_missing(generation, f"self-data/: its rows ({name}) and pictures ({data})"),)
+    rows = RecordFile(curated / ROWS)
     write_self_data(rows, folder)
     summary, root = json.loads((curated / SUMMARY).read_text(encoding="utf-8")), generation.stored(data)
     if root is None:
@@ -321,11 +322,15 @@ def _missing(generation: Generation, what: str) -> str:
             "`sicog iterate` with the exported recipe.yaml, which makes them again, and export that run")  # fmt: skip
 
 
-def write_self_data(rows: Sequence[Record], folder: Path) -> None:
-    """The rows as LLaVA JSON and as chat messages; `data.readers` reads both back to the same messages."""
+def write_self_data(rows: Iterable[Record], folder: Path) -> None:
+    """The rows, walked through twice, as LLaVA JSON and as chat messages; `data.readers` reads both back to the same
+    messages."""
     folder.mkdir()
-    texts = (json.dumps(llava_row(record), ensure_ascii=False) for record in rows)
-    (folder / LLAVA).write_text("[\n" + ",\n".join(texts) + "\n]\n", encoding="utf-8")
+    with (folder / LLAVA).open("w", encoding="utf-8") as file:
+        file.write("[\n")
+        for number, record in enumerate(rows):
+            file.write((",\n" if number else "") + json.dumps(llava_row(record), ensure_ascii=False))
+        file.write("\n]\n")
     write_jsonl(folder / CHAT, map(chat_row, rows))
 
 
@@ -341,8 +346,8 @@ def chat_row(record: Record) -> dict[str, Any]:
             "messages": [asdict(message) for message in record.messages]}  # fmt: skip
 
 
-def copy_images(rows: Sequence[Record], root: Path, folder: Path) -> None:
-    """Copy the rows' images from the data set `root`, each under the name that the rows give it.
+def copy_images(rows: Iterable[Record], root: Path, folder: Path) -> None:
+    """Copy the rows' images from the data set `root`, each under the name that the rows give it; the names are held.
 
     Raises ImageError for one that lies outside of the root, ExportError for a name that would leave `folder`.
     """
@@ -387,9 +392,10 @@ def _differences(generation: Generation) -> list[dict[str, Any]]:
 # The cards.
 
 
-def _facts(generation: Generation, manifest: Mapping[str, Any], rows: Sequence[Record],
+def _facts(generation: Generation, manifest: Mapping[str, Any], kept: RecordFile | None,
            curation: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
     """What the templates of both cards may name."""
+    rows = kept or ()
     tags, artifacts = generation.experiment.data.tags, generation.summary["artifacts"]
     return {
         "generation": generation,
@@ -415,7 +421,7 @@ def _facts(generation: Generation, manifest: Mapping[str, Any], rows: Sequence[R
         "families": _families(generation),
         "notice": PICTURES[generation.recipe["data"]["source"]],
         "taught": TAUGHT[generation.recipe["data"]["source"]],
-        "example": rows[0] if rows else None,
+        "example": next(iter(rows), None),
     }
 
 
