@@ -196,12 +196,11 @@ class _Clock:
 
 def embed(task: EmbeddingTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Embed a pool's compared texts, once for every curation of it."""
-    clock = _Clock(workplace)
+    clock, texts = _Clock(workplace), partial(compared_texts, inputs["pool"].path)
     with embedded_by(task) as spread:
-        texts = embed_texts(lambda: compared_texts(inputs["pool"].path), task.encoder, workplace.directory,
-                            workplace.scratch, clock.progress, spread)  # fmt: skip
-    workplace.add(samples=texts, model_seconds=clock.seconds)
-    workplace.add(**encoder_work(compared_texts(inputs["pool"].path), task.encoder))
+        embedded = embed_texts(texts, task.encoder, workplace.directory, workplace.scratch, clock.progress, spread)
+    workplace.add(samples=embedded, model_seconds=clock.seconds)
+    workplace.add(**encoder_work(texts, task.encoder))
 
 
 @contextmanager
