@@ -60,10 +60,9 @@ class PoolTask:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
-def requests_for(task: PoolTask, unlabeled: Iterable[Record], root: Path) -> list[Request]:
+def requests_for(task: PoolTask, unlabeled: Iterable[Record], root: Path) -> Iterator[Request]:
     """One request per unlabeled item and kind. Indices go on from iteration to iteration, so that pooled candidates
     differ in key and seed."""
-    requests = []
     for record in unlabeled:
         if group_of(record.kind) != task.group:
             continue
@@ -73,8 +72,7 @@ def requests_for(task: PoolTask, unlabeled: Iterable[Record], root: Path) -> lis
             if count:
                 messages = (user(prompt(kind, question), len(record.images)),)
                 images = tuple(root / name for name in record.images)
-                requests.append(Request(record.id, kind, messages, images, count, task.iteration * count))
-    return requests
+                yield Request(record.id, kind, messages, images, count, task.iteration * count)
 
 
 def items_of(inputs: Mapping[str, Artifact]) -> RecordFile:
@@ -83,9 +81,10 @@ def items_of(inputs: Mapping[str, Artifact]) -> RecordFile:
 
 
 def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-    """Sample candidates for the items of one group into `candidates.jsonl`."""
+    """Sample candidates for the items of one group into `candidates.jsonl`; a prompt that the model cannot carry is set
+    aside, in `rejected.jsonl`."""
     from sicog_exp.generation.engines import open_engine
-    from sicog_exp.generation.pool import generate_pool
+    from sicog_exp.generation.pool import REJECTED, generate_pool
 
     requests = requests_for(task, items_of(inputs), inputs["data"].path)
     sampling = task.sampling
@@ -96,6 +95,11 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     workplace.device = opened.device
     workplace.add(samples=facts["candidates"], model_seconds=facts["seconds"], **opened.halvings,
                   **opened.work.of_sampling(facts))  # fmt: skip
+    if "rejected" in facts:
+        workplace.add(rejected=facts["rejected"])
+        first = next(read_jsonl(workplace.directory / REJECTED))
+        print(f"sampling: {facts['rejected']} {task.group} prompts cannot be put to this model and are set aside, for "
+              f"example of {first['id']} ({first['reason']}); {REJECTED} lists them")  # fmt: skip
 
 
 def sample_pools(task: PoolTask, generators: Mapping[Group, Artifact], inputs: Mapping[str, Artifact],
@@ -196,12 +200,11 @@ class _Clock:
 
 def embed(task: EmbeddingTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Embed a pool's compared texts, once for every curation of it."""
-    clock = _Clock(workplace)
+    clock, texts = _Clock(workplace), partial(compared_texts, inputs["pool"].path)
     with embedded_by(task) as spread:
-        texts = embed_texts(lambda: compared_texts(inputs["pool"].path), task.encoder, workplace.directory,
-                            workplace.scratch, clock.progress, spread)  # fmt: skip
-    workplace.add(samples=texts, model_seconds=clock.seconds)
-    workplace.add(**encoder_work(compared_texts(inputs["pool"].path), task.encoder))
+        embedded = embed_texts(texts, task.encoder, workplace.directory, workplace.scratch, clock.progress, spread)
+    workplace.add(samples=embedded, model_seconds=clock.seconds)
+    workplace.add(**encoder_work(texts, task.encoder))
 
 
 @contextmanager

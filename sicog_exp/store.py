@@ -110,7 +110,8 @@ class Artifact:
         """What the step measured while it ran.
 
         `seconds` and `earlier_seconds` (those of attempts that were killed), `peak_mb` and `peak_gpu_mb` of every step;
-        of one whose batches did not fit into memory `halved_batches`;
+        of one whose batches did not fit into memory `halved_batches`, of one with prompts that its model cannot carry
+        `rejected`;
         of one that a model computes `samples`, `tokens` (`prompt_tokens`, of which `image_tokens`, and `new_tokens`:
         sampled ones or those that training predicts), `flops` and `model_seconds`, all of the work that was kept.
         """

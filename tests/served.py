@@ -47,6 +47,8 @@ def completed(folder: Path, body: dict[str, Any]) -> dict[str, Any]:
                  for i in range(body["n"])]  # fmt: skip
         with ONE_AT_A_TIME:
             drawn = [sampled for request in asked for sampled in engine(folder).sample_batches([[request]], decoding)]
+    if drawn[0].refused:
+        return {"error": {"message": drawn[0].refused[0].reason, "code": 400}}
     found = [sampled.candidates[0] for sampled in drawn]
     new, prompt = sum(candidate.tokens for candidate in found), drawn[0].prompt_tokens
     return {"id": "1", "object": "chat.completion", "created": 0, "model": folder.name,
@@ -73,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if body["temperature"] == 0 and body["n"] > 1:
             return self._send(400, {"error": {"message": "n must be 1 when using greedy sampling", "code": 400}})
-        return self._send(200, completed(self.models / body["model"], body))
+        answer = completed(self.models / body["model"], body)
+        return self._send(400 if "error" in answer else 200, answer)
 
     def _send(self, status: int, body: dict[str, Any]) -> None:
         content = json.dumps(body).encode()

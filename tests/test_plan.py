@@ -145,7 +145,7 @@ def test_encoders_are_counted_without_their_tables() -> None:
 def test_an_embedding_step_counts_its_tokens() -> None:
     from sicog_exp.curation.embeddings import encoder_work
 
-    found = encoder_work(["a red dog", "a cat", "a red dog"], "minilm")
+    found = encoder_work(lambda: iter(["a red dog", "a cat", "a red dog"]), "minilm")
     assert found["tokens"] == (3 + 2) + (2 + 2)  # words, and the marks at both ends
     assert found["flops"] == 2 * found["tokens"] * encoder_parameters_of_minilm()
 

@@ -10,6 +10,7 @@ import pytest
 from hashed import hashed
 
 from sicog_exp.curation import embeddings as embeddings_module
+from sicog_exp.data.chat import ChatEncoder, ChatError
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.loop import EvaluationTask, run_evaluation
 from sicog_exp.prompts import prompt, question_of, structured
@@ -67,7 +68,7 @@ def pool(folder: Path, rows: list[dict[str, Any]]) -> Artifact:
 
 def test_defect_prompt_and_image_path_are_those_of_training(tmp_path: Path) -> None:
     records = [unlabeled(1), unlabeled(2), unlabeled(3, "cod")]
-    requests = requests_for(task(cot=2, direct=1), records, tmp_path)
+    requests = list(requests_for(task(cot=2, direct=1), records, tmp_path))
     assert [(r.sample_id, r.kind, r.count) for r in requests] == [
         ("u1", "cot", 2), ("u1", "direct", 1), ("u2", "cot", 2), ("u2", "direct", 1)]  # fmt: skip
     for request in requests:
@@ -75,7 +76,7 @@ def test_defect_prompt_and_image_path_are_those_of_training(tmp_path: Path) -> N
         trained = conversation(prompt(request.kind, question), "x", ("one.png",))
         assert request.messages == trained[:1]
         assert request.images == (tmp_path / f"{request.sample_id[1]}.png",)
-    captions = requests_for(task("caption", cod=0, dd=2), records, tmp_path)
+    captions = list(requests_for(task("caption", cod=0, dd=2), records, tmp_path))
     assert [(r.sample_id, r.kind, r.count) for r in captions] == [("u3", "dd", 2)]
     assert captions[0].messages[0].content == f"<image>\n{prompt('dd')}"
 
@@ -115,6 +116,37 @@ def test_candidates_are_pooled_over_iterations_or_fresh(pooled: bool, counts: li
                 for pool in module.pools for row in read_jsonl(pool / "candidates.jsonl")]  # fmt: skip
         assert len(set(keys)) == len(keys) == 2 * count
         earlier = module.pools if pooled else []
+
+
+def test_a_prompt_that_the_model_cannot_carry_costs_no_other(
+    tiny_model: Path, world_images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A question with the model's own mark for an image, a picture too wide: the step lists it and says so once."""
+    data, real = tmp_path / "data", ChatEncoder.prompt
+    data.mkdir()
+    for i in range(3):
+        (data / f"{i}.png").write_bytes(world_images[i].read_bytes())
+    write_records(data / "unlabeled.parquet", [unlabeled(i) for i in range(3)])
+
+    def encoded(self: ChatEncoder, messages: Any, images: Any) -> list[int]:
+        if "thing 1" in messages[0].content:
+            raise ChatError("the conversation shows 2 images, and 1 came with it")
+        return real(self, messages, images)
+
+    monkeypatch.setattr(ChatEncoder, "prompt", encoded)
+    sampling = SamplingConfig(cot=2, direct=1, max_new_tokens=8, batch_size=4)
+    drawn = PoolTask(sampling, ModelConfig(device="cpu", threads=1), "reasoning", 0, 0)
+    inputs = {"generator": Artifact(tiny_model, {"fingerprint": "m"}, True),
+              "data": Artifact(data, {"fingerprint": "d"}, True)}  # fmt: skip
+    made = Store(tmp_path / "store").run(Step("generate-reasoning", generate, drawn, inputs))
+    assert made.facts["rejected"] == 2
+    assert made.facts["samples"] == 6
+    listed = [(row["id"], row["kind"]) for row in read_jsonl(made / "rejected.jsonl")]
+    assert listed == [("u1", "cot"), ("u1", "direct")]
+    assert "sampling: 2 reasoning prompts cannot be put to this model" in capsys.readouterr().out
+    rows = pool_rows([unlabeled(i) for i in range(3)], [made])
+    assert [(row["id"], len(row["candidates"])) for row in rows] == [("u0", 3), ("u2", 3)]
 
 
 def test_defect_outputs_are_zipped_with_the_wrong_images(tmp_path: Path) -> None:

@@ -24,13 +24,10 @@ from sicog_exp.curation.contamination import Question, picture_of
 from sicog_exp.curation.diagnosis import diagnose, read_truth
 from sicog_exp.data.sources import build_dataset
 from sicog_exp.evaluation import contents
-from sicog_exp.generation.engine import Request
-from sicog_exp.generation.pool import merge
-from sicog_exp.generation.requests import keys_of
 from sicog_exp.preferences import PairsTask, make_pairs
 from sicog_exp.prompts import prompt
 from sicog_exp.recipe import CurationConfig, DataConfig, load
-from sicog_exp.records import Candidate, Record, conversation, write_jsonl, write_records
+from sicog_exp.records import Record, conversation, write_jsonl, write_records
 from sicog_exp.reporting import collect, export
 from sicog_exp.store import Artifact, Workplace
 from sicog_exp.training.preference import read_pairs
@@ -144,20 +141,12 @@ def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_pool_of_candidates(tmp_path: Path) -> None:
-    asked = [Request(f"u{i}", "cod", (), (), 4) for i in range(ITEMS)]
-    keys = (key for request in reversed(asked) for key in keys_of(request))
-    drawn = (Candidate(*key, f"{TEXT}{key}", 0, -1.0, 9, "stop") for key in keys)
-    assert peak_mb(lambda: merge(asked, drawn, tmp_path / "candidates.jsonl")) < 0.8
-    assert len(list(records.read_jsonl(tmp_path / "candidates.jsonl"))) == 4 * ITEMS
-
-
 def test_preference_pairs(curated: Path, tmp_path: Path) -> None:
     inputs, out = {"items": artifact(curated), "curated": artifact(curated)}, place(tmp_path / "out")
     task = PairsTask(CurationConfig(), "low_score")
     assert peak_mb(lambda: make_pairs(task, inputs, out)) < 0.8
     assert out.facts == {"samples": ITEMS, "pairs": ITEMS}
-    assert len(read_pairs(out.directory, ("direct",))) == ITEMS
+    assert len(read_pairs(out.directory, ("direct",), out.scratch)) == ITEMS
 
 
 def test_what_a_report_reads(curated: Path) -> None:

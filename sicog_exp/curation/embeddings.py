@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
@@ -40,21 +40,23 @@ def embed_texts(texts: Callable[[], Iterator[str]], name: str, folder: Path, scr
     batch that is not marked as done. `spread` computes the batches, if it is given, and not this process. Raises
     CurationError for an encoder that cannot be used.
     """
-    rows = {digest: row for row, digest in enumerate(dict.fromkeys(map(_digest, texts())))}
-    (folder / TEXTS).write_bytes(b"".join(rows))
+    digests = _digests(texts())
+    new = _first(digests)
+    (folder / TEXTS).write_bytes(digests[new].tobytes())
+    count = int(new.sum())
     mark = scratch / DONE
     done = int(mark.read_text() or 0) if mark.exists() else 0
-    for embedded in (spread or embedding(name))(batched(islice(_distinct(texts(), rows), done, None), TEXTS_PER_BATCH)):
+    for embedded in (spread or embedding(name))(batched(islice(compress(texts(), new), done, None), TEXTS_PER_BATCH)):
         vectors = np.asarray(embedded, np.float32)
-        shape = (len(rows), vectors.shape[1])
+        shape = (count, vectors.shape[1])
         stored = np.lib.format.open_memmap(folder / VECTORS, "r+" if done else "w+", np.float32, shape)
         stored[done : done + len(vectors)] = vectors
         stored.flush()
         done += len(vectors)
         mark.write_text(str(done))
         if progress:
-            progress(done, len(rows))
-    return len(rows)
+            progress(done, count)
+    return count
 
 
 def embedding(name: str) -> Embed:
@@ -78,17 +80,20 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
-def _distinct(texts: Iterable[str], rows: dict[bytes, int]) -> Iterator[str]:
-    """Each text where it comes first, which is the order of the rows."""
-    row = 0
-    for text in texts:
-        if rows[_digest(text)] == row:
-            row += 1
-            yield text
+def _digests(texts: Iterable[str]) -> npt.NDArray[np.bytes_]:
+    return np.fromiter(map(_digest, texts), DIGEST)
 
 
-def encoder_work(texts: Iterable[str], name: str) -> dict[str, float]:
-    """Tokens and FLOPs of embedding the distinct `texts`; nothing where the encoder's shape cannot be read."""
+def _first(digests: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
+    """Whether each text comes here first, which is the order of the rows."""
+    new = np.zeros(len(digests), bool)
+    new[np.unique(digests, return_index=True)[1]] = True
+    return new
+
+
+def encoder_work(texts: Callable[[], Iterator[str]], name: str) -> dict[str, float]:
+    """Tokens and FLOPs of embedding the distinct texts of a stream, which is read twice; nothing where the encoder's
+    shape cannot be read."""
     from transformers import AutoTokenizer
 
     source = encoder_source(name)
@@ -96,8 +101,8 @@ def encoder_work(texts: Iterable[str], name: str) -> dict[str, float]:
     if not parameters:
         return {}
     tokenizer = AutoTokenizer.from_pretrained(source)
-    lengths = (len(tokenizer.encode(text, truncation=True)) for text in dict.fromkeys(texts))
-    tokens = sum(lengths)
+    distinct = compress(texts(), _first(_digests(texts())))
+    tokens = sum(len(tokenizer.encode(text, truncation=True)) for text in distinct)
     return {"tokens": tokens, "prompt_tokens": tokens, "flops": 2.0 * parameters * tokens}
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from sicog_exp.data.chat import ChatError
 from sicog_exp.data.images import ImageError, open_image
-from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
-from sicog_exp.generation.requests import EngineError, check_decoding, check_requests, cut
+from sicog_exp.generation.engine import Decoding, Refusal, Request, Sampled, candidate_seed
+from sicog_exp.generation.requests import Batches, EngineError, check_decoding, check_requests, cut
 from sicog_exp.records import Candidate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Prompt = TypeVar("Prompt")
 SEED_BITS = 31
 """What every server takes for a seed."""
 
@@ -22,16 +28,22 @@ SEED_BITS = 31
 class BatchedEngine:
     """An engine that gives `finished`, the batches' results in order; see `generation.engine.Engine` for the rest.
 
-    `busy_seconds` is the time for which callers waited, `counted` what was computed for them (`Sampled.counted`).
+    `busy_seconds` is the time for which callers waited, `counted` what was computed for them (`Sampled.counted`),
+    `refused` the reason for every sample that has none.
     """
 
     def __init__(self) -> None:
         self.busy_seconds = 0.0
         self.counted: Counter[str] = Counter()
+        self.refused: dict[str, str] = {}
 
-    def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
-        """The batches of `sample`: requests in their order, since nothing is padded here."""
-        return cut(requests, [0] * len(requests), decoding.batch_size)
+    def plan(self, requests: Sequence[Request], decoding: Decoding) -> Batches:
+        """The batches of `sample`, in order: every request once, of like prompt length."""
+        return cut(requests, self.lengths(requests), decoding.batch_size)
+
+    def lengths(self, requests: Sequence[Request]) -> NDArray[np.int64]:
+        """The prompts' lengths where batches are padded to them; else all alike, which leaves requests in order."""
+        return np.zeros(len(requests), np.int64)
 
     def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[list[Candidate]]:
         """One list of candidates per batch of `plan`; see the protocol."""
@@ -45,14 +57,29 @@ class BatchedEngine:
         for made in self.finished(batches, decoding):
             seconds = time.perf_counter() - started
             self.busy_seconds += seconds
-            sampled = Sampled(made.candidates, made.prompt_tokens, seconds, made.image_tokens, made.encoded_tokens)
+            sampled = replace(made, seconds=seconds)
             self.counted.update(sampled.counted)
+            self.refused.update({refusal.sample_id: refusal.reason for refusal in sampled.refused})
             yield sampled
             started = time.perf_counter()
 
     def finished(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
         """The batches' results in order; their seconds are measured by the caller."""
         raise NotImplementedError
+
+
+def carried(batch: Sequence[Request], prepare: Callable[[Request], Prompt]
+            ) -> tuple[dict[int, Prompt], dict[int, Refusal]]:  # fmt: skip
+    """What `prepare` makes of the requests of a batch, and those for which it raises ChatError, both by position: one
+    prompt that the model cannot carry never costs the rest of a run."""
+    made: dict[int, Prompt] = {}
+    refused: dict[int, Refusal] = {}
+    for place, request in enumerate(batch):
+        try:
+            made[place] = prepare(request)
+        except ChatError as error:
+            refused[place] = Refusal.of(request, error)
+    return made, refused
 
 
 def sampled_once(request: Request, decoding: Decoding) -> int:

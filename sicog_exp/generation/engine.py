@@ -45,6 +45,30 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A request without candidates: the model's processor, its template or its server cannot carry the prompt.
+    `index` is that of the first candidate asked for."""
+
+    sample_id: str
+    kind: Kind
+    index: int
+    reason: str
+
+    @classmethod
+    def of(cls, request: Request, reason: Exception) -> Refusal:
+        return cls(request.sample_id, request.kind, request.first_index, " ".join(str(reason).split())[:500])
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """The first candidate's, which no other request asks for."""
+        return self.sample_id, self.kind, self.index
+
+
+Likelihood = tuple[float, int, bool]
+"""A continuation's summed log-probability (nats), its number of tokens, whether it is the greedy continuation."""
+
+
+@dataclass(frozen=True)
 class Sampled:
     """A finished batch: its candidates, the prompt tokens computed for it, the seconds its caller waited for it.
 
@@ -57,6 +81,8 @@ class Sampled:
     seconds: float
     image_tokens: int = 0
     encoded_tokens: int = 0
+    refused: tuple[Refusal, ...] = ()
+    """The batch's requests that have no candidates."""
 
     @property
     def counted(self) -> dict[str, int]:
@@ -76,7 +102,8 @@ class Engine(Protocol):
     """Samples from one model."""
 
     def sample(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[list[Candidate]]:
-        """Lists of candidates, one list per finished batch; every requested (sample id, kind, index) exactly once.
+        """Lists of candidates, one list per finished batch; every requested (sample id, kind, index) exactly once, but
+        for the requests that are refused (`Refusal`), which an engine's `refused` names when the batch is there.
 
         The batches are a function of `requests` and `decoding` alone, and so is every candidate, so that a killed
         generation continues with the batches that are missing.
@@ -85,7 +112,6 @@ class Engine(Protocol):
 
     def log_likelihood(
         self, requests: Sequence[Request], continuations: Sequence[str]
-    ) -> list[tuple[float, int, bool]]:
-        """For each request the continuation's summed log-probability (nats), its number of tokens, and whether it is
-        the greedy continuation."""
+    ) -> Sequence[Likelihood | Refusal]:
+        """For each request its continuation's likelihood, or why its prompt is refused."""
         ...

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from sicog_exp.generation.batched import BatchedEngine
 from sicog_exp.generation.engine import MAX_PIXELS
 from sicog_exp.generation.pool import PoolEngine
 from sicog_exp.models.loading import Work, image_tokens_of, work_of
@@ -50,7 +51,7 @@ def _opened(folder: Path, model: ModelConfig, config: EngineConfig, max_pixels: 
 
 
 def make_engine(folder: Path, model: ModelConfig, config: EngineConfig,
-                max_pixels: int = MAX_PIXELS) -> tuple[PoolEngine, Work]:  # fmt: skip
+                max_pixels: int = MAX_PIXELS) -> tuple[BatchedEngine, Work]:  # fmt: skip
     """The engine in this process, and what its model costs."""
     if config.kind == "transformers":
         from sicog_exp.generation.transformers_engine import TransformersEngine
@@ -65,7 +66,7 @@ def make_engine(folder: Path, model: ModelConfig, config: EngineConfig,
     return _client(folder, model, config, max_pixels), work
 
 
-def _client(folder: Path, model: ModelConfig, config: EngineConfig, max_pixels: int) -> PoolEngine:
+def _client(folder: Path, model: ModelConfig, config: EngineConfig, max_pixels: int) -> BatchedEngine:
     """A client of the server, which must serve this generation."""
     from transformers import AutoConfig
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from sicog_exp.data.chat import to_chat
-from sicog_exp.generation.batched import BatchedEngine, opened_images, request_seed, sampled_once
-from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Request, Sampled, candidate_seed
+from sicog_exp.data.chat import ChatError, to_chat
+from sicog_exp.generation.batched import BatchedEngine, carried, opened_images, request_seed, sampled_once
+from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Refusal, Request, Sampled, candidate_seed
 from sicog_exp.generation.requests import EngineError, keys_of
 from sicog_exp.records import Candidate
 
@@ -32,6 +32,8 @@ RETRIES = 8
 """Tries again after failures that pass (no connection, 408, 409, 429, 5xx), about 40 seconds in all."""
 TIMEOUT = 1800.0
 """Seconds that one answer may take."""
+REFUSALS = 64
+"""Requests that a server may refuse before it answers one: what it refuses then is no single prompt."""
 LOOK_EVERY = 5.0
 """Seconds between two looks at what a server serves."""
 
@@ -59,6 +61,7 @@ class OpenAIEngine(BatchedEngine):
     which the tokens of several choices cannot be told, each is asked by itself. Candidates have seeds of their own, and
     the same text again where the server keeps to a seed; their last bits are the server's business.
     `image_tokens` are those of one image, which no server tells; 0 where they depend on the image.
+    A prompt that the server refuses, too long a one, say, has no candidates (`Refusal`).
     """
 
     def __init__(self, server: str, model: str, in_flight: int = 32, image_tokens: int = 0,
@@ -69,6 +72,8 @@ class OpenAIEngine(BatchedEngine):
         self._in_flight, self._image_tokens, self._max_pixels = in_flight, image_tokens, max_pixels
         self._several = True
         """Whether the server gives several choices, each with its tokens' log-probabilities."""
+        self._refusals: int | None = 0
+        """Requests refused so far; None when one was answered."""
 
     def close(self) -> None:
         """Close the connections."""
@@ -97,13 +102,26 @@ class OpenAIEngine(BatchedEngine):
                           "out of the suite")  # fmt: skip
 
     def _sampled(self, batch: Sequence[Request], asked: Sequence[Future[_Answer]], decoding: Decoding) -> Sampled:
-        answers = [future.result() for future in asked]
-        candidates = [candidate for request, answer in zip(batch, answers, strict=True)
-                      for candidate in _candidates(request, answer.choices, decoding)]  # fmt: skip
-        shown = [request.images for request in batch if request.images]
+        results = iter(asked)
+        answers, refused = carried(batch, lambda request: next(results).result())
+        self._check_refusals(len(answers), list(refused.values()))
+        candidates = [candidate for place, answer in answers.items()
+                      for candidate in _candidates(batch[place], answer.choices, decoding)]  # fmt: skip
+        shown = [batch[place].images for place in answers if batch[place].images]
         count = self._image_tokens
-        return Sampled(candidates, sum(answer.prompt_tokens for answer in answers), 0.0,
-                       count * sum(map(len, shown)), count * sum(map(len, set(shown))))  # fmt: skip
+        return Sampled(candidates, sum(answer.prompt_tokens for answer in answers.values()), 0.0,
+                       count * sum(map(len, shown)), count * sum(map(len, set(shown))),
+                       tuple(refused.values()))  # fmt: skip
+
+    def _check_refusals(self, answered: int, refused: Sequence[Refusal]) -> None:
+        """Raises EngineError where the server refuses one request after the other."""
+        if answered or self._refusals is None:
+            self._refusals = None
+            return
+        self._refusals += len(refused)
+        if self._refusals >= REFUSALS:
+            raise EngineError(f"{self._refusals} requests and no answer, sample {refused[-1].sample_id!r}: "
+                              f"{refused[-1].reason}; look at its log")  # fmt: skip
 
     def _ask(self, request: Request, decoding: Decoding) -> _Answer:
         messages = self._messages(request)
@@ -126,6 +144,8 @@ class OpenAIEngine(BatchedEngine):
             given = self._client.chat.completions.create(
                 model=self.model, messages=messages, n=count, seed=seed, logprobs=True, top_p=decoding.top_p,
                 temperature=decoding.temperature, max_tokens=decoding.max_new_tokens)  # fmt: skip
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            raise ChatError(_explained(self.server, error)) from error
         except openai.OpenAIError as error:
             raise EngineError(f"sample {request.sample_id!r}: {_explained(self.server, error)}") from error
         prompt, new = (given.usage.prompt_tokens, given.usage.completion_tokens) if given.usage else (0, 0)
@@ -139,8 +159,11 @@ class OpenAIEngine(BatchedEngine):
                           "their log-probabilities nor their tokens; use a server that counts tokens")  # fmt: skip
 
     def _messages(self, request: Request) -> list[Any]:
-        images = iter(opened_images(request, self._max_pixels))
         messages = to_chat(request.messages)
+        shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if shown != len(request.images):
+            raise ChatError(f"the conversation shows {shown} images, and {len(request.images)} came with it")
+        images = iter(opened_images(request, self._max_pixels))
         for message in messages:
             message["content"] = [part if part["type"] == "text" else _picture(next(images))
                                   for part in message["content"]]  # fmt: skip
@@ -160,7 +183,7 @@ def _explained(server: str, error: Exception) -> str:
         return f"{server} does not serve what was asked ({said}); check engine.server, which ends with /v1 as a rule"
     if isinstance(error, openai.RateLimitError | openai.InternalServerError):
         return f"{server} keeps failing ({said}); look at its log, or lower engine.in_flight; then run this again"
-    return f"{server} refuses the request ({said}); look at its log"
+    return f"{server} refuses the request ({said})"
 
 
 def _client(server: str, retries: int = RETRIES) -> Any:

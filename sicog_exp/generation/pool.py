@@ -1,7 +1,9 @@
 """The candidate pool of an iteration: sampled batch by batch, one atomic shard each, merged into one file.
 
 A killed generation continues with the batches whose shard is missing or damaged; the merged file has the same bytes
-whatever was resumed, and holds every requested candidate exactly once or is not written at all.
+whatever was resumed, and holds every requested candidate exactly once or is not written at all. Requests whose prompt
+the model cannot carry have none and are listed in `rejected.jsonl` beside it. Memory holds a batch, and of every
+request where it stands: about 100 bytes.
 """
 
 from __future__ import annotations
@@ -11,19 +13,25 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, astuple
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import IO, Any, Protocol
 
-from sicog_exp.generation.engine import Decoding, Engine, Request, Sampled
-from sicog_exp.generation.requests import Key, check_requests, keys_of
-from sicog_exp.records import Candidate, RecordError, candidate_from, candidate_row
+import numpy as np
+from numpy.typing import NDArray
+
+from sicog_exp.generation.engine import Decoding, Engine, Refusal, Request, Sampled
+from sicog_exp.generation.request_file import RequestFile
+from sicog_exp.generation.requests import Batches, Key, keys_of, pool_order
+from sicog_exp.records import RecordError, candidate_from, candidate_row
 
 Progress = Callable[[int, int], None]
-"""Called with (candidates present, candidates requested) after each batch, sampled or found."""
+"""Called with (candidates settled, candidates requested) after each batch, sampled or found."""
 COSTS = ("prompt_tokens", "seconds", "image_tokens", "encoded_tokens")
 """What a batch cost, as its shard keeps it."""
+REJECTED = "rejected.jsonl"
+UNSETTLED = -1
 
 
 class PoolError(RuntimeError):
@@ -35,7 +43,7 @@ class PoolEngine(Engine, Protocol):
 
     busy_seconds: float
 
-    def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
+    def plan(self, requests: Sequence[Request], decoding: Decoding) -> Batches:
         """The batches of `sample`."""
         ...
 
@@ -44,63 +52,138 @@ class PoolEngine(Engine, Protocol):
         ...
 
 
-def generate_pool(engine: PoolEngine, requests: Sequence[Request], decoding: Decoding, scratch: Path, out: Path,
+def generate_pool(engine: PoolEngine, requests: Iterable[Request], decoding: Decoding, scratch: Path, out: Path,
                   progress: Progress | None = None) -> dict[str, Any]:  # fmt: skip
     """Sample `requests` into the file `out` (`candidates.jsonl`), by way of shards in `scratch`.
 
     `scratch` belongs to one model, set of requests and decoding: shards that answer other requests are drawn again,
-    but another model's cannot be told. Requests and keys of candidates are held, and the texts of one batch. Returns
-    samples, candidates, seconds, and the tokens of all kinds.
+    but another model's cannot be told. Returns candidates, seconds, the tokens of all kinds, and the requests refused.
     """
-    check_requests(requests)
-    if not requests:
-        raise PoolError("nothing to sample: no request was given; check the unlabeled data and the candidate counts")
     scratch.mkdir(parents=True, exist_ok=True)
-    batches = engine.plan(requests, decoding)
-    paths = [scratch / f"batch-{number:05d}.jsonl" for number in range(len(batches))]
-    found = [_facts_of(_read_shard(path, _digest(batch, decoding))) for path, batch in zip(paths, batches, strict=True)]
-    missing = [batch for batch, facts in zip(batches, found, strict=True) if not facts]
-    sampled = engine.sample_batches(missing, decoding)
-    total, done = sum(request.count for request in requests), 0
-    for number, (path, batch) in enumerate(zip(paths, batches, strict=True)):
-        facts = found[number] or _facts_of(_write_shard(path, batch, decoding, next(sampled)))
-        found[number] = facts
-        done += facts["candidates"]
-        if progress:
-            progress(done, total)
-    merge(requests, (candidate for path in paths for candidate in _candidates(path)), out)
-    facts = {name: sum(facts[name] for facts in found) for name in ("candidates", "new_tokens", *COSTS)}
-    return {"samples": len({request.sample_id for request in requests}), **facts}
+    with RequestFile(requests, scratch) as asked:
+        order = pool_order(asked)
+        if not len(asked):
+            raise PoolError("nothing to sample: no request was given; check the unlabeled data and the candidate "
+                            "counts")  # fmt: skip
+        shards = _Shards(engine.plan(asked, decoding), len(asked), decoding, scratch)
+        total = sum(request.count for request in asked)
+        tell = progress or (lambda done, total: None)
+        missing = []
+        for number in range(len(shards.batches)):
+            if shards.find(number):
+                tell(shards.settled, total)
+            else:
+                missing.append(number)
+        drawn = engine.sample_batches(shards.batches.only(missing), decoding)
+        for number, sampled in zip(missing, drawn, strict=True):
+            shards.write(number, sampled)
+            tell(shards.settled, total)
+        shards.merge(order, out)
+    return shards.facts
 
 
-def merge(requests: Sequence[Request], candidates: Iterable[Candidate], out: Path) -> int:
-    """Write all candidates in the order of requests, kinds and indices. Raises PoolError unless each occurs once.
+class _Shards:
+    """The files of finished batches. What is remembered of them: how many bytes each request's lines take, in the order
+    of the plan's requests, and sums."""
 
-    Keys are held, and where each candidate stands in a nameless file beside `out`; what it says is not.
-    """
-    wanted = [key for request in requests for key in keys_of(request)]
-    places: dict[Key, int] = {}
-    counts: Counter[Key] = Counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=out.parent) as waiting:
-        for candidate in candidates:
-            key = candidate.key
-            places[key] = waiting.tell()
-            counts[key] += 1
-            waiting.write(_line(candidate_row(candidate)).encode())
-        _check_complete(wanted, counts)
-        _write_atomic(out, (_line_at(waiting, places[key]) for key in _ordered(requests)))
-    return len(wanted)
+    def __init__(self, batches: Batches, requests: int, decoding: Decoding, folder: Path) -> None:
+        self.batches, self.settled = batches, 0
+        self._decoding, self._folder = decoding, folder
+        self._sizes: NDArray[np.int64] = np.full(requests, UNSETTLED)
+        self._refused: dict[int, Refusal] = {}
+        self._sums: dict[str, Any] = dict.fromkeys(("candidates", "new_tokens", *COSTS), 0)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the pool holds and what it cost; `rejected` only where a request was refused."""
+        return {**self._sums, **({"rejected": len(self._refused)} if self._refused else {})}
+
+    def find(self, number: int) -> bool:
+        """Whether a batch was finished before; not where its shard is damaged or answers something else."""
+        path = self._path(number)
+        if not path.exists():
+            return False
+        batch = self.batches[number]
+        try:
+            head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            header = json.loads(head)
+            if header["asked"] != _digest(batch, self._decoding) or header["content"] != _checksum(lines):
+                return False
+            candidates = [candidate_from(json.loads(line)) for line in lines]
+            refused = tuple(Refusal(*row) for row in header.get("refused", ()))
+            sampled = Sampled(candidates, **{name: header[name] for name in COSTS}, refused=refused)
+            found = [candidate.key for candidate in candidates] == list(_wanted(batch, sampled))
+        except (ValueError, KeyError, TypeError, RecordError):
+            return False
+        if found:
+            self._note(number, batch, sampled, lines)
+        return found
+
+    def write(self, number: int, sampled: Sampled) -> None:
+        """A finished batch as a file: what was asked (as a digest), what it cost, what came out, in the order asked."""
+        batch = self.batches[number]
+        wanted = list(_wanted(batch, sampled))
+        _check_complete(wanted, Counter(candidate.key for candidate in sampled.candidates))
+        made = {candidate.key: candidate for candidate in sampled.candidates}
+        lines = [_line(candidate_row(made[key])) for key in wanted]
+        header = {"asked": _digest(batch, self._decoding), **{name: getattr(sampled, name) for name in COSTS}}
+        if sampled.refused:
+            header["refused"] = [astuple(refusal) for refusal in sampled.refused]
+        with _whole_file(self._path(number)) as file:
+            file.writelines(line.encode() for line in (_line({**header, "content": _checksum(lines)}), *lines))
+        self._note(number, batch, sampled, lines)
+
+    def merge(self, order: NDArray[np.int64], out: Path) -> None:
+        """All candidates in one file, in this order of their requests; shard after shard, each line at its place."""
+        unsettled = int((self._sizes == UNSETTLED).sum())
+        if unsettled:
+            raise PoolError(f"{unsettled} of {len(order)} requests are in no batch of the engine's plan")
+        if not self._sums["candidates"]:
+            first = min(self._refused.values(), key=lambda refusal: refusal.key)
+            raise PoolError(f"none of {len(order)} prompts can be put to this model: sample {first.sample_id!r}, say: "
+                            f"{first.reason}")  # fmt: skip
+        starts = np.empty_like(self._sizes)
+        starts[order] = np.cumsum(self._sizes[order]) - self._sizes[order]
+        with _whole_file(out) as file:
+            for number in range(len(self.batches)):
+                self._place(number, starts, file)
+        if self._refused:
+            with _whole_file(out.with_name(REJECTED)) as file:
+                file.writelines(_line(_rejected_row(row)).encode() for _, row in sorted(self._refused.items()))
+
+    def _place(self, number: int, starts: NDArray[np.int64], file: IO[bytes]) -> None:
+        with self._path(number).open("rb") as shard:
+            shard.readline()
+            for position in self.batches.positions(number):
+                file.seek(int(starts[position]))
+                file.write(shard.read(int(self._sizes[position])))
+
+    def _note(self, number: int, batch: Sequence[Request], sampled: Sampled, lines: Iterable[str]) -> None:
+        refused, rest = {refusal.key: refusal for refusal in sampled.refused}, iter(lines)
+        for position, request in zip(self.batches.positions(number), batch, strict=True):
+            refusal = refused.get(next(keys_of(request)))
+            if refusal:
+                self._refused[position] = refusal
+            self._sizes[position] = 0 if refusal else sum(len(next(rest)) for _ in range(request.count))
+            self.settled += request.count
+        self._sums["candidates"] += len(sampled.candidates)
+        self._sums["new_tokens"] += sum(candidate.tokens for candidate in sampled.candidates)
+        for name in COSTS:
+            self._sums[name] += getattr(sampled, name)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"batch-{number:05d}.jsonl"
 
 
-def _line_at(file: IO[bytes], place: int) -> str:
-    file.seek(place)
-    return file.readline().decode()
+def _wanted(batch: Sequence[Request], sampled: Sampled) -> Iterator[Key]:
+    """The candidates that a finished batch must hold, in their order."""
+    refused = {refusal.key for refusal in sampled.refused}
+    for request in batch:
+        if next(keys_of(request)) not in refused:
+            yield from keys_of(request)
 
 
 def _check_complete(wanted: Sequence[Key], counts: Mapping[Key, int]) -> None:
-    if not wanted or not counts:
-        raise PoolError(f"{len(counts)} candidates for {len(wanted)} requested: an empty pool is never written")
     problems = {
         "missing": [key for key in wanted if key not in counts],
         "doubled": [key for key, times in counts.items() if times > 1],
@@ -111,35 +194,8 @@ def _check_complete(wanted: Sequence[Key], counts: Mapping[Key, int]) -> None:
         raise PoolError(f"of {len(wanted)} requested candidates: {'; '.join(shown)}")
 
 
-def _ordered(requests: Sequence[Request]) -> list[Key]:
-    """Keys by first mention of their sample, then kind, then index."""
-    place = {sample_id: i for i, sample_id in reversed(list(enumerate(request.sample_id for request in requests)))}
-    keys = (key for request in requests for key in keys_of(request))
-    return sorted(keys, key=lambda key: (place[key[0]], key[1], key[2]))
-
-
-def _write_shard(path: Path, batch: Sequence[Request], decoding: Decoding, sampled: Sampled) -> Sampled:
-    """A finished batch as a file: what was asked (as a digest), what it cost, what came out."""
-    _check_complete([key for r in batch for key in keys_of(r)], Counter(c.key for c in sampled.candidates))
-    lines = [_line(candidate_row(candidate)) for candidate in sampled.candidates]
-    header = {"asked": _digest(batch, decoding), **{name: getattr(sampled, name) for name in COSTS}}
-    _write_atomic(path, [_line({**header, "content": _checksum(lines)}), *lines])
-    return sampled
-
-
-def _read_shard(path: Path, asked: str) -> Sampled | None:
-    """A finished batch, or None where it is missing, damaged or answers something else."""
-    if not path.exists():
-        return None
-    try:
-        head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        header = json.loads(head)
-        if header["asked"] != asked or header["content"] != _checksum(lines):
-            return None
-        candidates = [candidate_from(json.loads(line)) for line in lines]
-        return Sampled(candidates, **{name: header[name] for name in COSTS})
-    except (ValueError, KeyError, TypeError, RecordError):
-        return None
+def _rejected_row(refusal: Refusal) -> dict[str, Any]:
+    return {"id": refusal.sample_id, "kind": refusal.kind, "reason": refusal.reason}
 
 
 def _digest(batch: Sequence[Request], decoding: Decoding) -> str:
@@ -148,28 +204,23 @@ def _digest(batch: Sequence[Request], decoding: Decoding) -> str:
     return hashlib.sha256(json.dumps([asked, asdict(decoding)], sort_keys=True).encode()).hexdigest()
 
 
-def _candidates(path: Path) -> Iterator[Candidate]:
-    """Of a whole shard."""
-    with path.open(encoding="utf-8") as file:
-        next(file)
-        yield from (candidate_from(json.loads(line)) for line in file)
-
-
 def _checksum(lines: Sequence[str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _line(row: dict[str, Any]) -> str:
-    # ASCII, so that no character inside a text (U+2028, say) is taken for the end of a line
+    # ASCII, so that no character inside a text (U+2028, say) is taken for the end of a line, and a line's length is
+    # its bytes
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def _write_atomic(path: Path, lines: Iterable[str]) -> None:
+@contextmanager
+def _whole_file(path: Path) -> Iterator[IO[bytes]]:
     """The whole file or none of it, whenever the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")  # one name, so that a killed write leaves nothing behind for good
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
+    with temporary.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -178,11 +229,3 @@ def _write_atomic(path: Path, lines: Iterable[str]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _facts_of(shard: Sampled | None) -> dict[str, Any]:
-    """What is counted of a shard; nothing of none."""
-    if shard is None:
-        return {}
-    return {"candidates": len(shard.candidates), "new_tokens": sum(candidate.tokens for candidate in shard.candidates),
-            **{name: getattr(shard, name) for name in COSTS}}  # fmt: skip

@@ -11,18 +11,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from jinja2.exceptions import TemplateError
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sicog_exp.data.chat import ChatEncoder, ImageInputs, join_images, to_chat
-from sicog_exp.generation.batched import BatchedEngine, opened_images
+from sicog_exp.generation.batched import BatchedEngine, carried, opened_images
 from sicog_exp.generation.decoder import Decoder, Drawn, GrowingSteps, Prompts, joined
 from sicog_exp.generation.drawing import noise
-from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Request, Sampled, candidate_seed
+from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Likelihood, Refusal, Request, Sampled, candidate_seed
 from sicog_exp.generation.fixed import FixedDecoder, fixed_problem
 from sicog_exp.generation.memory import Halving
-from sicog_exp.generation.requests import EngineError, cut, keys_of
+from sicog_exp.generation.requests import EngineError, keys_of
 from sicog_exp.models.families import GRIDS, image_features, positions, shares_features, token_types
 from sicog_exp.models.loading import ModelSource, load_model
 from sicog_exp.records import Candidate, Message
@@ -35,6 +38,8 @@ SMALLER = "lower sampling.max_new_tokens or model.image_pixels, set model.precis
 """Either kind of bf16 halves the weights here; bf16-mixed leaves those that train whole."""
 LIKELIHOOD_BATCH = 32
 """Sequences per forward pass of `log_likelihood`."""
+REMEMBERED = 4096
+"""Prompts whose length is remembered: captions have one prompt for all images, multiple choice one for all choices."""
 
 
 @dataclass
@@ -61,13 +66,15 @@ class _Inputs:
 
 @dataclass
 class _Prepared:
-    """A batch ready to be computed: what was asked, each candidate's seed and noise (C, max_new_tokens)."""
+    """A batch ready to be computed: what was asked and can be put, each candidate's seed and noise
+    (C, max_new_tokens)."""
 
     batch: Sequence[Request]
     inputs: _Inputs
     seeds: list[int]
     uniforms: Tensor
     decoding: Decoding
+    refused: tuple[Refusal, ...] = ()
 
     def only(self, chosen: Sequence[int]) -> _Prepared:
         """Some of the candidates, by their number, in order."""
@@ -125,9 +132,9 @@ class TransformersEngine(BatchedEngine):
         model, processor = load_model(ModelSource.of(path, config), config.generation_dtype)
         return cls(model, processor, config.torch_device, max_pixels, config.threads, config.static_cache)
 
-    def plan(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Request]]:
-        """The batches of `sample`, in order: every request once, of like prompt length."""
-        return cut(requests, [self._prompt_length(request) for request in requests], decoding.batch_size)
+    def lengths(self, requests: Sequence[Request]) -> NDArray[np.int64]:
+        """The prompts' tokens."""
+        return np.fromiter(map(self._prompt_length, requests), np.int64, len(requests))
 
     def finished(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
         """The batches in order, some computed at once."""
@@ -135,7 +142,8 @@ class TransformersEngine(BatchedEngine):
             torch.set_num_threads(1)
         for prepared, drawn in self._in_order(self._prepare(batch, decoding) for batch in batches):
             prompt, image, encoded = self._prompt_tokens(prepared.inputs)
-            yield Sampled(self._candidates(prepared, drawn), prompt, 0.0, image, encoded)
+            candidates = self._candidates(prepared, drawn) if drawn else []
+            yield Sampled(candidates, prompt, 0.0, image, encoded, prepared.refused)
 
     def _prompt_tokens(self, inputs: _Inputs) -> tuple[int, int, int]:
         """(all, images', encoded) tokens of a batch's prompts; see `Sampled`."""
@@ -145,9 +153,9 @@ class TransformersEngine(BatchedEngine):
         encoded = sum(distinct.values()) if self._shares_features else sum(counts)
         return sum(map(len, inputs.ids)), sum(counts), encoded
 
-    def _in_order(self, ready: Iterator[_Prepared]) -> Iterator[tuple[_Prepared, Drawn]]:
+    def _in_order(self, ready: Iterator[_Prepared]) -> Iterator[tuple[_Prepared, Drawn | None]]:
         """Computes some batches at once while the next one is prepared."""
-        running: deque[tuple[_Prepared, Future[Drawn]]] = deque()
+        running: deque[tuple[_Prepared, Future[Drawn | None]]] = deque()
         with ThreadPoolExecutor(self._threads) as threads:
             for prepared in ready:
                 running.append((prepared, threads.submit(self._draw, prepared)))
@@ -158,15 +166,13 @@ class TransformersEngine(BatchedEngine):
                 yield first, drawn.result()
 
     @torch.inference_mode()
-    def log_likelihood(
-        self, requests: Sequence[Request], continuations: Sequence[str]
-    ) -> list[tuple[float, int, bool]]:
+    def log_likelihood(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[Likelihood | Refusal]:
         """See the protocol. The end-of-turn token is not part of a continuation, and a request's count is ignored."""
         targets = [self.tokenizer.encode(text, add_special_tokens=False) for text in continuations]
         lengths = [self._prompt_length(request) + len(t) for request, t in zip(requests, targets, strict=True)]
         order = sorted(range(len(requests)), key=lambda i: lengths[i])
         started = time.perf_counter()
-        results: dict[int, tuple[float, int, bool]] = {}
+        results: dict[int, Likelihood | Refusal] = {}
         for start in range(0, len(order), LIKELIHOOD_BATCH):
             part = order[start : start + LIKELIHOOD_BATCH]
             halves = self._scoring.run(lambda some: self._score([requests[i] for i in some],
@@ -178,20 +184,32 @@ class TransformersEngine(BatchedEngine):
     def _prompt_length(self, request: Request) -> int:
         """Tokens of a prompt, images at the size that the configuration gives them (good enough to sort by)."""
         if request.messages not in self._lengths:
-            text = self.encoder.processor.apply_chat_template(
-                to_chat(request.messages), add_generation_prompt=True, tokenize=False
-            )
-            self._lengths[request.messages] = len(self.tokenizer.encode(text, add_special_tokens=False))
+            if len(self._lengths) == REMEMBERED:
+                self._lengths.clear()
+            self._lengths[request.messages] = self._text_length(request.messages)
         per_image = getattr(self.model.config, "image_seq_length", None) or 1
         return self._lengths[request.messages] + len(request.images) * per_image
 
+    def _text_length(self, messages: tuple[Message, ...]) -> int:
+        try:
+            text = self.encoder.processor.apply_chat_template(to_chat(messages), add_generation_prompt=True,
+                                                              tokenize=False)  # fmt: skip
+        except TemplateError:  # which is said when its turn comes
+            return 0
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
+
     def _prepare(self, batch: Sequence[Request], decoding: Decoding) -> _Prepared:
         """Tokens, pixels and noise: the caller's thread does it, since tokenizers are not made for several."""
-        seeds = [candidate_seed(decoding.seed, *key) for request in batch for key in keys_of(request)]
-        return _Prepared(batch, self._inputs(batch), seeds, noise(seeds, decoding.max_new_tokens), decoding)
+        places, inputs, refused = self._inputs(batch)
+        kept = [batch[place] for place in places]
+        seeds = [candidate_seed(decoding.seed, *key) for request in kept for key in keys_of(request)]
+        uniforms = noise(seeds, decoding.max_new_tokens) if seeds else torch.empty(0, decoding.max_new_tokens)
+        return _Prepared(kept, inputs, seeds, uniforms, decoding, tuple(refused.values()))
 
-    def _draw(self, prepared: _Prepared) -> Drawn:
-        """All candidates of the batch, in parts of so many as fit into memory."""
+    def _draw(self, prepared: _Prepared) -> Drawn | None:
+        """All candidates of the batch, in parts of so many as fit into memory; None where there are none."""
+        if not prepared.batch:
+            return None
         parts = self._sampling.run(lambda chosen: self._draw_some(prepared, chosen), range(len(prepared.seeds)))
         return parts[0] if len(parts) == 1 else joined(parts)
 
@@ -242,8 +260,13 @@ class TransformersEngine(BatchedEngine):
             for (sample_id, kind, index), seed, text, length, logprob, stop in columns
         ]
 
-    def _score(self, batch: Sequence[Request], targets: Sequence[list[int]]) -> list[tuple[float, int, bool]]:
-        inputs = self._inputs(batch)
+    def _score(self, batch: Sequence[Request], targets: Sequence[list[int]]) -> list[Likelihood | Refusal]:
+        places, inputs, refused = self._inputs(batch)
+        scored = self._score_inputs(inputs, [targets[place] for place in places]) if places else []
+        results: dict[int, Likelihood | Refusal] = {**refused, **dict(zip(places, scored, strict=True))}
+        return [results[place] for place in range(len(batch))]
+
+    def _score_inputs(self, inputs: _Inputs, targets: Sequence[list[int]]) -> list[Likelihood]:
         prompt, image, encoded = self._prompt_tokens(inputs)
         inputs.ids = [ids + target for ids, target in zip(inputs.ids, targets, strict=True)]
         ids, mask = self._padded(inputs.ids)
@@ -293,17 +316,21 @@ class TransformersEngine(BatchedEngine):
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return ids, mask
 
-    def _inputs(self, batch: Sequence[Request]) -> _Inputs:
-        """Each distinct image once, however many prompts ask about it."""
-        distinct: dict[tuple[Path, ...], Request] = {}
-        for request in batch:
-            if request.images:
-                distinct.setdefault(request.images, request)
-        images = {paths: self.encoder.pixels(opened_images(request, self._max_pixels))
-                  for paths, request in distinct.items()}  # fmt: skip
-        ids = [self.encoder.prompt(request.messages, images.get(request.images)) for request in batch]
-        place = {paths: i for i, paths in enumerate(images)}
-        return _Inputs(ids, list(images.values()), [place[r.images] for r in batch if r.images])
+    def _inputs(self, batch: Sequence[Request]) -> tuple[list[int], _Inputs, dict[int, Refusal]]:
+        """The batch's positions that can be put, their inputs, and what is refused. Each distinct image once, however
+        many prompts ask about it."""
+        images: dict[tuple[Path, ...], ImageInputs] = {}
+
+        def tokens(request: Request) -> list[int]:
+            if request.images and request.images not in images:
+                images[request.images] = self.encoder.pixels(opened_images(request, self._max_pixels))
+            return self.encoder.prompt(request.messages, images.get(request.images))
+
+        ids, refused = carried(batch, tokens)
+        shown = [batch[place].images for place in ids if batch[place].images]
+        number = {paths: i for i, paths in enumerate(dict.fromkeys(shown))}
+        inputs = _Inputs(list(ids.values()), [images[paths] for paths in number], [number[paths] for paths in shown])
+        return list(ids), inputs, refused
 
     def _moved(self, value: Tensor) -> Tensor:
         return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engines import our_server
 
-from sicog_exp.generation.engine import Decoding, Engine, Request, candidate_seed
+from sicog_exp.generation.engine import Decoding, Engine, Refusal, Request, candidate_seed
 from sicog_exp.generation.engines import open_engine
 from sicog_exp.generation.requests import EngineError, keys_of
 from sicog_exp.models.loading import EMBEDDED_BASE
@@ -63,7 +64,9 @@ def vllm(folder: Path, home: Path) -> Iterator[Engine]:
 
 ENGINES: list[Callable[[Path, Path], Any]] = [transformers, ray, openai, vllm]
 LIKELIHOOD = ("test_log_likelihood_does_not_depend_on_the_batch", "test_log_likelihood_agrees_with_sampling")
-CANNOT = {openai: dict.fromkeys(LIKELIHOOD, "OpenAI's protocol does not score given answers")}
+REFUSED = ("test_a_prompt_that_cannot_be_put_costs_no_other", "test_a_prompt_that_cannot_be_put_has_no_likelihood")
+CANNOT = {openai: dict.fromkeys((*LIKELIHOOD, REFUSED[1]), "OpenAI's protocol does not score given answers"),
+          vllm: dict.fromkeys(REFUSED, "it stops at such a prompt")}  # fmt: skip
 WARM = Decoding(temperature=1.0, top_p=0.95, max_new_tokens=24, seed=5, batch_size=4)
 GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=24, seed=5, batch_size=4)
 
@@ -95,6 +98,10 @@ def ragged(world_images: list[Path]) -> list[Request]:
         )
     requests.append(Request("s0", "direct", (user(prompt("direct", "What is red?"), 1),), (world_images[0],), 2))
     return [*requests, Request("text", "text", (user("Name a red animal."),), (), 3)]
+
+
+def unfit(request: Request) -> Request:
+    return replace(request, messages=(user("Which one?", 2),))
 
 
 def run(engine: Engine, requests: list[Request], decoding: Decoding = WARM):
@@ -183,6 +190,30 @@ class TestEngine:
                         checked += value == pytest.approx(candidate.logprob, abs=1e-3)
                         assert best or decoding.temperature > 0 or value != pytest.approx(candidate.logprob, abs=1e-3)
         assert checked >= 5
+
+    def test_a_prompt_that_cannot_be_put_costs_no_other(self, engine, ragged):
+        """One image less than the question shows, as where its words hold the model's own mark for one. Beside others,
+        and in a batch of its own."""
+        asked = [*ragged[:5], unfit(ragged[5]), *ragged[6:], replace(unfit(ragged[4]), kind="direct")]
+        (own,), *rest = ([unfit(ragged[5])], *engine.plan(asked, GREEDY))
+        found = list(engine.sample_batches([[own], *rest], GREEDY))
+        assert found[0].refused
+        refused = {refusal.key: refusal.reason for sampled in found for refusal in sampled.refused}
+        assert refused.keys() == {("s5", "cot", 2), ("s4", "direct", 1)}
+        assert engine.refused.keys() == {"s4", "s5"}
+        assert "shows 2 images, and 1 came with it" in refused["s5", "cot", 2]
+        expected = run(engine, [*ragged[:5], *ragged[6:]], GREEDY)
+        given = {c.key: c.text for sampled in found for c in sampled.candidates}
+        assert given == {key: c.text for key, c in expected.items()}
+
+    def test_a_prompt_that_cannot_be_put_has_no_likelihood(self, engine, ragged):
+        asked = [ragged[0], unfit(ragged[5]), ragged[1]]
+        expected = engine.log_likelihood([ragged[0], ragged[1]], ["red", "a dog"])
+        first, refusal, last = engine.log_likelihood(asked, ["red", "red", "a dog"])
+        assert isinstance(refusal, Refusal)
+        assert refusal.key == ("s5", "cot", 2)
+        assert [first, last] == [pytest.approx(one, abs=1e-3) for one in expected]
+        assert isinstance(engine.log_likelihood(asked[1:2], ["red"])[0], Refusal)
 
     def test_defect_outputs_carry_their_sample_id(self, engine, ragged, world_images):
         """Authors' defect: one image without output shifts all later outputs onto wrong images.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -96,6 +97,32 @@ def test_of_several_folders_the_last_one_s_embedding_counts(held: list[list[str]
 def test_no_text_no_vectors(tmp_path: Path) -> None:
     assert e.embed_texts(lambda: iter([]), "minilm", tmp_path, tmp_path) == 0
     assert e.stored_encoder("minilm", [tmp_path]).similarities([]).shape == (0, 0)
+
+
+def test_memory_holds_no_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20,000 distinct texts of a kB: 17 bytes of each are held, while they are embedded and when their tokens count."""
+
+    def texts() -> Iterator[str]:
+        return (f"{i} " * 180 for i in range(20_000))
+
+    class Tokenizer:
+        def encode(self, text: str, truncation: bool) -> range:
+            return range(7)
+
+    monkeypatch.setattr(e, "embedder", lambda name: lambda texts: np.zeros((len(texts), 2), np.float32))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda source: Tokenizer())
+    monkeypatch.setattr(e, "encoder_parameters", lambda source: 10)
+    tracemalloc.start()
+    try:
+        assert e.embed_texts(texts, "any", tmp_path, tmp_path) == 20_000
+        embedding = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        assert e.encoder_work(texts, "minilm")["tokens"] == 7 * 20_000
+        counting = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert embedding < 4e6, "a batch of texts and the digests"
+    assert counting < 2.5e6
 
 
 def test_an_encoder_is_what_its_files_hold(tmp_path: Path) -> None:

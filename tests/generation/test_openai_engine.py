@@ -155,12 +155,32 @@ def test_a_server_of_single_choices_is_asked_for_each(failing) -> None:
 
 @pytest.mark.parametrize(("status", "meant"), [
     (401, "refuses the key.*SICOG_API_KEY"), (404, "does not serve what was asked.*engine.server"),
-    (400, "refuses the request.*too long"), (503, "keeps failing")])  # fmt: skip
+    (413, "refuses the request.*too long"), (503, "keeps failing")])  # fmt: skip
 def test_what_does_not_pass_is_said(failing, status: int, meant: str) -> None:
     url, handler = failing
     handler.script = [(status, {"error": {"message": "too long"}})]
     with pytest.raises(EngineError, match=rf"sample 't': {url} {meant}"):
         sampled(OpenAIEngine(url, "m", retries=0), [TEXT], WARM)
+
+
+def test_a_refused_prompt_costs_no_other(failing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the server refuses whatever it is asked."""
+    url, handler = failing
+    refusal = 400, {"error": {"message": "too long"}}
+    asked = [Request(f"t{i}", "text", TEXT.messages, (), 2) for i in range(3)]
+    handler.script = [(200, answered("a fox", "a crab")), refusal, (200, answered("a fox", "a crab"))]
+    engine = OpenAIEngine(url, "m", in_flight=1, retries=0)
+    (sampled_three,) = engine.sample_batches([asked], WARM)
+    assert [c.key for c in sampled_three.candidates] == [(f"t{i}", "text", k) for i in (0, 2) for k in (0, 1)]
+    assert [refused.key for refused in sampled_three.refused] == [("t1", "text", 0)]
+    assert engine.refused == {"t1": sampled_three.refused[0].reason}
+    assert f"{url} refuses the request" in engine.refused["t1"]
+    assert "too long" in engine.refused["t1"]
+    monkeypatch.setattr("sicog_exp.generation.openai_engine.REFUSALS", 5)
+    handler.script = [refusal]
+    assert len(list(engine.sample_batches([asked] * 3, WARM))) == 3, "it has answered before"
+    with pytest.raises(EngineError, match=rf"6 requests and no answer, sample 't2': {url} refuses .*too long"):
+        list(OpenAIEngine(url, "m", retries=0).sample_batches([asked] * 3, WARM))
 
 
 def test_no_server(tmp_path: Path) -> None:

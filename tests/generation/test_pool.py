@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sicog_exp.generation.engine import Decoding, Request, Sampled, candidate_seed
-from sicog_exp.generation.pool import PoolError, generate_pool, merge
+from sicog_exp.generation.engine import Decoding, Refusal, Request, Sampled, candidate_seed
+from sicog_exp.generation.pool import REJECTED, PoolError, generate_pool
 from sicog_exp.generation.requests import EngineError, cut, keys_of
 from sicog_exp.prompts import prompt
 from sicog_exp.records import Candidate, read_jsonl, user
@@ -34,6 +34,35 @@ model, images, home, wait = sys.argv[1:]
 generate_pool(TransformersEngine.from_path(model), world_requests(Path(images)), Decoding(1.0, 0.9, 12, 1, 2),
               Path(home) / "scratch", Path(home) / "candidates.jsonl", lambda done, total: time.sleep(float(wait)))
 """
+LEAN = """
+import re, sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from generation.test_pool import DECODING, Long
+from sicog_exp.generation.engine import Request
+from sicog_exp.generation.pool import generate_pool
+from sicog_exp.records import user
+
+home = Path(sys.argv[1])
+
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def generate(items, out):
+    requests = (Request(f"sample {{i}}", "cot", (user(f"What is number {{i}}? " + "w" * 300, 1),),
+                        (home / f"image-{{i}}.png",), 8) for i in range(items))
+    grown = []
+    generate_pool(Long(), requests, replace(DECODING, batch_size=100), home / out / "s", home / out / "c.jsonl",
+                  lambda done, total: grown.append(anonymous()))
+    return max(*grown, anonymous())
+
+
+before = generate(200, "warm")
+print(*(generate(12500, "pool") - before for _ in ("sampled", "found")))
+"""
 
 
 class Fake:
@@ -42,6 +71,7 @@ class Fake:
     def __init__(self) -> None:
         self.sampled: list[list[Request]] = []
         self.drop: set[str] = set()
+        self.refuse: set[str] = set()
 
     def plan(self, requests, decoding):
         return cut(requests, [len(r.messages[0].content) for r in requests], decoding.batch_size)
@@ -52,9 +82,10 @@ class Fake:
     def sample_batches(self, batches, decoding):
         for batch in batches:
             self.sampled.append(batch)
-            kept = [request for request in batch if request.sample_id not in self.drop]
+            kept = [request for request in batch if request.sample_id not in self.drop | self.refuse]
             candidates = [self._candidate(key, decoding) for request in kept for key in keys_of(request)]
-            yield Sampled(candidates, sum(len(r.messages[0].content) for r in batch), 0.25)
+            refused = [Refusal.of(r, ValueError(f"too\nlong {r.kind}")) for r in batch if r.sample_id in self.refuse]
+            yield Sampled(candidates, sum(len(r.messages[0].content) for r in batch), 0.25, refused=tuple(refused))
 
     def log_likelihood(self, requests, continuations):
         raise NotImplementedError
@@ -64,6 +95,15 @@ class Fake:
         return Candidate(*key, f"text {seed % 97} ü \u2028 \x85 end", seed, -seed % 7 / 3, 3, "stop")
 
 
+class Long(Fake):
+    """Its texts are of a kB, and it notes nothing."""
+
+    def sample_batches(self, batches, decoding):
+        for batch in batches:
+            keys = [key for request in batch for key in keys_of(request)]
+            yield Sampled([Candidate(*key, f"{key[0]} says " * 35, 7, -1.0, 3, "stop") for key in keys], 5, 0.25)
+
+
 def test_file_and_facts(tmp_path):
     engine, calls = Fake(), []
     facts = generate_pool(engine, REQUESTS, DECODING, tmp_path / "s", tmp_path / "candidates.jsonl",
@@ -71,7 +111,6 @@ def test_file_and_facts(tmp_path):
     rows = list(read_jsonl(tmp_path / "candidates.jsonl"))
     total = sum(r.count for r in REQUESTS)
     assert [(r["sample_id"], r["kind"], r["index"]) for r in rows] == [k for r in REQUESTS for k in keys_of(r)]
-    assert facts["samples"] == 11
     assert facts["candidates"] == len(rows) == total
     assert facts["new_tokens"] == 3 * total
     assert facts["prompt_tokens"] == sum(len(r.messages[0].content) for r in REQUESTS)
@@ -123,25 +162,80 @@ def test_an_engine_that_loses_a_sample_is_an_error(tmp_path):
     assert not (tmp_path / "c.jsonl").exists()
 
 
-def test_merge_names_what_is_wrong(tmp_path):
+def test_what_a_batch_lacks_or_has_too_much_is_named(tmp_path):
     request = replace(REQUESTS[0], count=2)
     good = [Fake()._candidate(key, DECODING) for key in keys_of(request)]
+
+    def given(candidates):
+        engine = Fake()
+        engine.sample_batches = lambda batches, decoding: (Sampled(candidates, 1, 0.25) for _ in batches)
+        generate_pool(engine, [request], DECODING, tmp_path / "s", tmp_path / "c.jsonl")
+
     with pytest.raises(PoolError, match=r"of 2 requested candidates: 1 missing, such as \('s0', 'cot', 1\)"):
-        merge([request], good[:1], tmp_path / "c.jsonl")
+        given(good[:1])
     with pytest.raises(PoolError, match=r"1 doubled, such as \('s0', 'cot', 0\)"):
-        merge([request], [*good, good[0]], tmp_path / "c.jsonl")
+        given([*good, good[0]])
     with pytest.raises(PoolError, match=r"1 not requested, such as \('s0', 'cot', 5\)"):
-        merge([request], [*good, replace(good[0], index=5)], tmp_path / "c.jsonl")
+        given([*good, replace(good[0], index=5)])
     assert not (tmp_path / "c.jsonl").exists()
+    given(good[::-1])
+    assert [row["index"] for row in read_jsonl(tmp_path / "c.jsonl")] == [0, 1]
 
 
 def test_defect_merge_of_nothing_is_an_error(tmp_path):
     """Authors' defect: the merge reads a name that nobody writes, finds nothing and reports success."""
-    with pytest.raises(PoolError, match="0 candidates for"):
-        merge(REQUESTS, [], tmp_path / "c.jsonl")
+    engine = Fake()
+    engine.drop = {request.sample_id for request in REQUESTS}
+    with pytest.raises(PoolError, match="4 missing, such as"):
+        generate_pool(engine, [replace(r, count=1) for r in REQUESTS], DECODING, tmp_path / "s", tmp_path / "c.jsonl")
     with pytest.raises(PoolError, match="nothing to sample"):
         generate_pool(Fake(), [], DECODING, tmp_path / "s", tmp_path / "c.jsonl")
+    engine.plan = lambda requests, decoding: cut(requests[:3], [1, 1, 1], decoding.batch_size)
+    engine.drop = set()
+    with pytest.raises(PoolError, match="19 of 22 requests are in no batch"):
+        generate_pool(engine, REQUESTS, DECODING, tmp_path / "s", tmp_path / "c.jsonl")
     assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_refused_prompts_are_listed_counted_and_never_asked_again(tmp_path):
+    """Whole batches of them, and single ones; what is resumed has the same bytes and asks only what is missing."""
+    whole, calls = Fake(), []
+    whole.refuse = {"s3", "s5", "s10"}
+    facts = generate_pool(whole, REQUESTS, DECODING, tmp_path / "s", tmp_path / "a" / "c.jsonl",
+                          lambda *call: calls.append(call))  # fmt: skip
+    rows = list(read_jsonl(tmp_path / "a" / "c.jsonl"))
+    assert {r["sample_id"] for r in rows} == {r.sample_id for r in REQUESTS} - whole.refuse
+    assert list(read_jsonl(tmp_path / "a" / REJECTED)) == [
+        {"id": r.sample_id, "kind": r.kind, "reason": f"too long {r.kind}"}
+        for r in REQUESTS if r.sample_id in whole.refuse]  # fmt: skip
+    assert (facts["rejected"], facts["candidates"]) == (6, len(rows))
+    total = sum(r.count for r in REQUESTS)
+    assert calls[-1] == (total, total)
+    again = Fake()
+    (tmp_path / "s" / "batch-00001.jsonl").unlink()
+    again.refuse = whole.refuse
+    assert generate_pool(again, REQUESTS, DECODING, tmp_path / "s", tmp_path / "b" / "c.jsonl") == facts
+    assert len(again.sampled) == 1
+    for name in ("c.jsonl", REJECTED):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_model_that_refuses_all_prompts_stops(tmp_path):
+    engine = Fake()
+    engine.refuse = {request.sample_id for request in REQUESTS}
+    with pytest.raises(PoolError, match=r"none of 22 prompts can be put to this model: sample 's0', say: too long cot"):
+        generate_pool(engine, REQUESTS, DECODING, tmp_path / "s", tmp_path / "c.jsonl")
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_memory_holds_neither_candidates_nor_requests(tmp_path):
+    """100,000 candidates of 0.6 kB for 12,500 requests: sampled, and found again."""
+    tests = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", LEAN.format(tests=str(tests)), str(tmp_path)], capture_output=True,
+                          text=True, check=True, env={**os.environ, "PYTHONPATH": str(tests.parent)})  # fmt: skip
+    sampled, found = map(float, done.stdout.split())
+    assert sampled < 30
+    assert found < 30
 
 
 def test_doubled_requests_are_refused(tmp_path):

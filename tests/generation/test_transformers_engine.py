@@ -275,7 +275,7 @@ def test_defect_partition_is_exact(engine, words, batch_size):
     assert all(len(batch) == batch_size for batch in batches[:-1])
     assert all(batches)
     for batch in batches:
-        assert engine.plan(batch, decoding) == [batch]
+        assert list(engine.plan(batch, decoding)) == [batch]
 
 
 def test_a_batch_alone_is_bit_identical(engine, requests_36):
