@@ -24,7 +24,7 @@ from sicog_exp.evaluation.suites import load_suite, suite_state
 from sicog_exp.prompts import CAPTION_KINDS, prompt, question_of
 from sicog_exp.recipe import Recipe, RecipeError
 from sicog_exp.records import Record, RecordFile, read_jsonl, write_jsonl, write_records
-from sicog_exp.store import MANIFEST, Artifact, Step, Workplace
+from sicog_exp.store import MANIFEST, Artifact, Progress, Step, Workplace
 
 POOLS = ("annotated", "unlabeled", "instruction", "alignment")
 """Training rows of a data set; one that names no captions to align with has no file of them."""
@@ -72,7 +72,7 @@ def check(suite: str, data: Path, workplace: Workplace, max_pixels: int, judged:
 
     held = read_contents(load_suite(suite), data, judged)
     pools = {split: RecordFile(data / f"{split}.parquet") for split in POOLS if (data / f"{split}.parquet").is_file()}
-    shown = Pictures(data, _images(pools.values()), max_pixels)
+    shown = Pictures(data, _images(pools.values()), max_pixels, workplace.progress)
     rows = (_row(split, record) for split, records in pools.items() for record in records)
     write_jsonl(workplace.directory / QUESTIONS, (vars(question) for question in held.questions))
     summary = {
@@ -92,10 +92,11 @@ def _images(pools: Iterable[RecordFile]) -> list[str]:
 
 
 class Pictures(Mapping[str, Picture]):
-    """A data set's pictures by name, read when they are asked for; walked through, DECODED of them are held."""
+    """A data set's pictures by name, read when they are asked for; walked through, which `progress` is told of, DECODED
+    of them are held."""
 
-    def __init__(self, root: Path, names: Sequence[str], max_pixels: int) -> None:
-        self._root, self._names, self._max_pixels = root, names, max_pixels
+    def __init__(self, root: Path, names: Sequence[str], max_pixels: int, progress: Progress | None = None) -> None:
+        self._root, self._names, self._max_pixels, self.progress = root, names, max_pixels, progress
 
     def __getitem__(self, name: str) -> Picture:
         return picture_of(open_image(self._root, name, self._max_pixels))
@@ -119,8 +120,10 @@ class _Decoded(ItemsView[str, Picture]):
     def __iter__(self) -> Iterator[tuple[str, Picture]]:
         with ThreadPoolExecutor() as pool:
             # a batch at a time: `map` reads all that it is given, however few results were taken
-            for names in batched(self._pictures, DECODED):
+            for number, names in enumerate(batched(self._pictures, DECODED), 1):
                 yield from zip(names, pool.map(self._pictures.__getitem__, names), strict=True)
+                if self._pictures.progress:
+                    self._pictures.progress(min(number * DECODED, len(self._pictures)), len(self._pictures))
 
 
 def without_overlaps(recipe: Recipe, source: Artifact, checked: Artifact, run: RunStep) -> Artifact:

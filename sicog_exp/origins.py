@@ -29,7 +29,7 @@ def data_step(recipe: Recipe) -> Step:
     from sicog_exp.data.sources import build_dataset, source_state
 
     def run(task: DataTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
-        build_dataset(task.data, workplace.directory)
+        build_dataset(task.data, workplace.directory, workplace.progress)
 
     config = replace(recipe.data, exclude_contaminated=True)  # which rows train is decided afterwards
     return Step("data", run, DataTask(config, source_state(recipe.data)), revision=DATA_REVISION)

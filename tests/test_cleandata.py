@@ -62,8 +62,9 @@ def data_of(store: Store, planted: bool) -> Artifact:
 
 
 def test_nothing_is_left_out_of_clean_data(store: Store, recipe: Recipe) -> None:
-    data = data_of(store, planted=False)
-    checked = store.run(check_step(recipe, data))
+    data, told = data_of(store, planted=False), []
+    checked = store.run(check_step(recipe, data), lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] > 0, "pictures compared"
     assert list(read_jsonl(checked / "overlaps.jsonl")) == []
     assert without_overlaps(recipe, data, checked, store.run) is data
     assert cleandata.without_repeated_texts(recipe, data, checked, store.run) is data

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 from sicog_exp import prompts
 from sicog_exp.data import questions as wording
 from sicog_exp.data.formats import (
+    Reading,
     default_root,
     exists,
     found_rows,
@@ -56,6 +57,7 @@ PUBLIC = ("instruction", "alignment")
 """Splits of `own` that train beside the annotated rows, where they are named. Public sets show each other's pictures:
 one of theirs may be in any training split, never in development or the benchmark."""
 REJECTED = "rejected.jsonl"
+Progress = Callable[[int, int], None]
 BASE_TURNS = 6
 """Turns of a conversation about one instruction image."""
 
@@ -95,6 +97,8 @@ class Dataset:
     truth: list[Iterable[dict[str, str]]] = field(default_factory=list)
     """In parts, which may be streams."""
     intake: Intake = field(default_factory=Intake)
+    files_read: int = 0
+    """Of a user's files."""
 
     @property
     def named(self) -> list[str]:
@@ -116,13 +120,14 @@ def _single(split: str, id: str, kind: Kind, image: str, question: str = "", res
     return Record(id, messages, (image,), kind, split, family)
 
 
-def build_dataset(config: DataConfig, directory: Path) -> None:
-    """Fill `directory` with the data set that `config` describes.
+def build_dataset(config: DataConfig, directory: Path, progress: Progress | None = None) -> None:
+    """Fill `directory` with the data set that `config` describes; `progress` is told how far a user's files are read.
 
     Deterministic: equal configurations and files give equal bytes. Raises DataError for a source that cannot carry
     a run, naming the path or key and the fix; rows set aside are listed in `rejected.jsonl`.
     """
     dataset = Dataset(ImageFolder(directory, config.max_pixels))
+    dataset.intake.reading = Reading(_teller(config, dataset, progress) if progress else None)
     {"world": _world, "easyvqa": _easyvqa, "own": _own}[config.source](config, dataset)
     splits = {split: dataset.records(split) for split in dataset.named}
     _check_splits(dataset, splits)
@@ -135,6 +140,20 @@ def build_dataset(config: DataConfig, directory: Path) -> None:
     (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
     for spool in (_requests_file(directory), *(_spool(directory, split) for split in splits)):
         spool.unlink(missing_ok=True)
+
+
+def _teller(config: DataConfig, dataset: Dataset, progress: Progress) -> Callable[[Reading], None]:
+    """Tells the thousandths of all files that are read, each file counting alike, when they change."""
+    files, told = sum(getattr(config, split, None) is not None for split in (*SPLITS, "alignment")), 0
+
+    def tell(reading: Reading) -> None:
+        nonlocal told
+        done = int(1000 * (dataset.files_read + (reading.share or 0)) / files)
+        if done != told:
+            told = done
+            progress(done, 1000)
+
+    return tell
 
 
 def _check_splits(dataset: Dataset, splits: Mapping[str, Iterable[Record]]) -> None:
@@ -477,6 +496,7 @@ def _named(config: DataConfig, dataset: Dataset, split: str) -> RecordFile:
     spool = _spool(directory, split)
     write_records(spool, read_annotated(path, _root(config, path), dataset.folder, dataset.intake, split))
     dataset.intake.check(path, config.max_bad_share, directory / REJECTED)
+    dataset.files_read += 1
     return RecordFile(spool)
 
 

@@ -214,6 +214,15 @@ def test_own_photographs(own: DataConfig, tmp_path: Path) -> None:
     assert checksums(tmp_path / "out") == checksums(tmp_path / "again")
 
 
+def test_building_says_how_far_it_is(own: DataConfig, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    build_dataset(own, tmp_path / "out", lambda done, total: told.append((done, total)))
+    assert {total for _, total in told} == {1000}
+    done = [number for number, _ in told]
+    assert done == sorted(set(done)), "each once, and never back"
+    assert done[0] < 500 < done[-1] <= 1000
+
+
 def test_own_development_and_benchmark_files(own: DataConfig, tmp_path: Path) -> None:
     """A picture of the benchmark leaves development, annotated and unlabeled; each one is listed."""
     home = Path(str(own.annotated)).parent
