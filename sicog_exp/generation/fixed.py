@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from sicog_exp.generation.decoder import Decoder, Drawn, Prompts
+from sicog_exp.generation.drawing import on_gpu
 from sicog_exp.generation.memory import out_of_memory
 
 ROUND = 64
@@ -112,7 +113,7 @@ class FixedDecoder:
         self._step, self._tokens = (torch.zeros(n, dtype=torch.long, device=device) for n in (1, len(self._rows)))
         self._uniforms = torch.zeros(len(self._rows), room, device=device)
         self._drawn = Drawn.nothing(len(self._rows), room, device)
-        self._captures, self._computed = device.type == "cuda", 0
+        self._captures, self._computed = on_gpu(prompts.logits), 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def fits(self, decoder: Decoder, prompts: Prompts, counts: Sequence[int]) -> bool:

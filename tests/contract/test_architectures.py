@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from captured import Replayed, emulate
 from families import Family, build
 from PIL import Image
 from torch.utils.data import IterableDataset
@@ -348,9 +350,11 @@ class TestArchitecture:
         assert ours == {**{(name, 0): row for name, row in theirs.items()}, ("c", 1): theirs["c"]}
         assert len({tuple(row) for row in theirs.values()}) > 3
 
-    def test_buffers_of_fixed_size_say_the_same(self, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("captured", [False, True], ids=["computed", "captured"])
+    def test_buffers_of_fixed_size_say_the_same(self, subject: Subject, captured: bool,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
         """Prompts of several lengths and of 0 to 2 pictures, some with several candidates; a model that cannot says why
-        and decodes as usual."""
+        and decodes as usual. `captured`: in steps that are recorded once and replayed, which wait for nothing."""
         asked = [("Is there a dog?", (0,), 2), ("Be brief.", (), 1), ("Describe the image in detail.", (2, 3), 3)]
         requests = [subject.request(str(i), *talk) for i, talk in enumerate(asked)]
         problem = fixed_problem(subject.model)
@@ -360,7 +364,12 @@ class TestArchitecture:
             engine = TransformersEngine(subject.model, subject.opened[1], static_cache=True)
         for decoding in (Decoding(0.0, 1.0, 12, 0, 8), Decoding(1.0, 0.9, 12, 0, 2)):
             wanted = tokens(subject.engine, requests, decoding, monkeypatch)
-            assert tokens(engine, requests, decoding, monkeypatch) == wanted
+            with monkeypatch.context() as patch, warnings.catch_warnings():
+                if captured:
+                    emulate(patch)
+                    warnings.filterwarnings("error", message=".*cannot be captured")
+                assert tokens(engine, requests, decoding, monkeypatch) == wanted
+                assert (Replayed.made > 0) == (captured and not problem)
             assert len(wanted) == 6
 
     def test_the_harness_scores_what_the_model_says(self, subject: Subject) -> None:

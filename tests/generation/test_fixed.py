@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from captured import Replayed, emulate
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from sicog_exp.generation import drawing
@@ -136,57 +135,9 @@ def test_which_batches_fit(model: Any) -> None:
         assert not fixed.fits(Decoder(STOPS, other), prompts, COUNTS)
 
 
-class Recorder(TorchDispatchMode):
-    """Every operation with the memory that it reads and writes, as a GPU captures them; what would wait is refused."""
-
-    WAITS = ("item", "is_nonzero", "_local_scalar_dense", "nonzero", "unique", "_unique", "repeat_interleave",
-             "masked_select", "bincount")  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[Callable[..., Any], Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func).removeprefix("aten.").startswith(self.WAITS):
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
-        result = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, result))
-        return result
-
-
-class Replayed:
-    """In place of a CUDA graph. Recording computes, where capturing does not, so the first replay has been computed."""
-
-    made = 0
-
-    def __init__(self) -> None:
-        self.recorder, self.replays = Recorder(), 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        for func, args, kwargs, result in self.recorder.operations if self.replays > 1 else ():
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-@contextmanager
-def recorded(graph: Replayed, capture_error_mode: str) -> Iterator[None]:
-    Replayed.made += 1
-    with graph.recorder:
-        yield
-
-
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's way, on the CPU: draws that wait for nothing, steps that are recorded once and replayed."""
-    monkeypatch.setattr(drawing, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
-    monkeypatch.setattr(torch.cuda, "graph", recorded)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(Replayed, "made", 0)
+    emulate(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -195,7 +146,7 @@ def test_a_step_reads_and_writes_what_stays_in_place(model: Any, dtype: torch.dt
     model = copy.deepcopy(model).to(dtype)
     prompts = [prefilled(model, width, seed) for seed, width in enumerate((9, 14, 11))]
     fixed, computed = (fixed_decoder(model, prompts[0]) for _ in range(2))
-    fixed._captures = True
+    computed._captures = False
     for seed, each in enumerate(prompts):
         uniforms = noise(range(seed, seed + sum(COUNTS)), DECODING.max_new_tokens)
         with torch.inference_mode():
@@ -219,7 +170,6 @@ def test_a_step_that_waits_is_not_captured(model: Any, emulated: None, monkeypat
     """The usual draw looks at values."""
     monkeypatch.setattr(drawing, "on_gpu", lambda tensor: False)
     fixed = fixed_decoder(model, prefilled(model, 9, 0))
-    fixed._captures = True
     with pytest.warns(UserWarning, match="cannot be captured"):
         both(model, fixed, prefilled(model, 9, 0), 0)
 
@@ -238,7 +188,6 @@ def test_a_shortage_of_memory_is_no_step_that_cannot_be_captured(model: Any, emu
 
     monkeypatch.setattr(torch.cuda, "graph", short)
     fixed = fixed_decoder(model, prefilled(model, 9, 0))
-    fixed._captures = True
     with pytest.raises(RuntimeError, match="invalidated"):
         both(model, fixed, prefilled(model, 9, 0), 0)
     assert fixed._captures
