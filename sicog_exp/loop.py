@@ -227,7 +227,7 @@ def run_evaluation(task: EvaluationTask, inputs: Mapping[str, Artifact], workpla
     with open_engine(inputs["model"].path, task.model, task.engine, task.max_pixels) as opened:
         kept = KeptAnswers(opened.engine, workplace.scratch, inputs["model"].content)
         scores = benchmarks.evaluate(kept, suite, inputs["data"].path, task.evaluation, workplace.directory,
-                                     task.evaluation.split)  # fmt: skip
+                                     task.evaluation.split, workplace)  # fmt: skip
     workplace.device = opened.device
     workplace.add(samples=sum(score.n for score in scores.tasks.values()),
                   model_seconds=opened.engine.busy_seconds + kept.kept_seconds, **opened.halvings,

@@ -11,18 +11,20 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sicog_exp.generation.engine import Decoding, Request
+from sicog_exp.generation.engine import Decoding, Likelihood, Refusal, Request, Sampled
 from sicog_exp.generation.pool import PoolEngine
 from sicog_exp.generation.requests import keys_of
 from sicog_exp.records import Candidate, candidate_from, candidate_row
 from sicog_exp.store import digest_of, file_checksum
 
 ANSWERS, PICTURES = "answers.jsonl", "pictures"
+REFUSED = "refused"
+"""Key of what is kept of a request without an answer."""
 LIKELIHOOD_CHUNK = 512
 """Continuations that are computed and kept together."""
 
@@ -32,7 +34,8 @@ class KeptAnswers:
 
     `weights` is a fingerprint of the model's files. `kept_seconds` is what the answers took that were found in
     `scratch` instead of computed; `counted` are the tokens of all answers, found or computed (`Sampled.counted`).
-    `scratch` also keeps the pictures that tasks hand over, which take long to encode.
+    `refused` holds the reason for every request that has none. `heard` is told the sample ids of each batch, found or
+    computed. `scratch` also keeps the pictures that tasks hand over, which take long to encode.
     """
 
     def __init__(self, engine: PoolEngine, scratch: Path, weights: str) -> None:
@@ -40,6 +43,8 @@ class KeptAnswers:
         self.scratch = scratch
         self.kept_seconds = 0.0
         self.counted: Counter[str] = Counter()
+        self.refused: dict[str, str] = {}
+        self.heard: Callable[[Iterable[str]], None] = lambda ids: None
         self._weights = weights
         self._file = scratch / ANSWERS
         self._digests: dict[Path, str] = {}
@@ -54,29 +59,31 @@ class KeptAnswers:
         computed = self.engine.sample_batches(missing, decoding)
         for batch, keys in zip(batches, asked, strict=True):
             if self._has(keys):
-                yield [candidate_from(row) for rows in self._values(keys) for row in rows]
-                continue
-            done = next(computed)
-            found = {candidate.key: candidate_row(candidate) for candidate in done.candidates}
-            self._keep(keys, [[found[key] for key in keys_of(request)] for request in batch], done.seconds,
-                       done.counted)  # fmt: skip
-            yield done.candidates
+                values = self._values(keys)
+            else:
+                done = next(computed)
+                values = _answers(batch, done)
+                self._keep(keys, values, done.seconds, done.counted)
+            self.refused |= {request.sample_id: value[REFUSED] for request, value in zip(batch, values, strict=True)
+                             if REFUSED in value}  # fmt: skip
+            self.heard(request.sample_id for request in batch)
+            yield [candidate_from(row) for value in values if REFUSED not in value for row in value]
 
-    def log_likelihood(
-        self, requests: Sequence[Request], continuations: Sequence[str]
-    ) -> list[tuple[float, int, bool]]:
+    def log_likelihood(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[Likelihood | Refusal]:
         """See `Engine`; chunks that were finished before come from the file."""
-        results: list[tuple[float, int, bool]] = []
+        results: list[Likelihood | Refusal] = []
         for start in range(0, len(requests), LIKELIHOOD_CHUNK):
             part = slice(start, start + LIKELIHOOD_CHUNK)
             keys = [self._key(request, text) for request, text in zip(requests[part], continuations[part], strict=True)]
             if not self._has(keys):
                 started, before = time.perf_counter(), self._engine_counted
                 scored = self.engine.log_likelihood(requests[part], continuations[part])
-                self._keep(keys, scored, time.perf_counter() - started, self._engine_counted - before)
-                results += scored
+                values: list[Any] = [{REFUSED: row.reason} if isinstance(row, Refusal) else row for row in scored]
+                self._keep(keys, values, time.perf_counter() - started, self._engine_counted - before)
             else:
-                results += [(logprob, tokens, greedy) for logprob, tokens, greedy in self._values(keys)]
+                values = self._values(keys)
+            results += [_likelihood(request, value) for request, value in zip(requests[part], values, strict=True)]
+            self.heard(request.sample_id for request in requests[part])
         return results
 
     @property
@@ -114,6 +121,20 @@ class KeptAnswers:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _answers(batch: Sequence[Request], done: Sampled) -> list[Any]:
+    """What is kept of each request: the rows of its candidates, or why it has none."""
+    found = {candidate.key: candidate_row(candidate) for candidate in done.candidates}
+    refused = {refusal.key: {REFUSED: refusal.reason} for refusal in done.refused}
+    return [refused.get(next(keys_of(request))) or [found[key] for key in keys_of(request)] for request in batch]
+
+
+def _likelihood(request: Request, value: Any) -> Likelihood | Refusal:
+    if isinstance(value, Mapping):
+        return Refusal(request.sample_id, request.kind, request.first_index, value[REFUSED])
+    logprob, tokens, greedy = value
+    return logprob, tokens, greedy
 
 
 def _read(file: Path) -> Iterator[tuple[str, tuple[Any, float, dict[str, int]]]]:

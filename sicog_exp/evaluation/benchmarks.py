@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from sicog_exp.evaluation.answers import PICTURES, KeptAnswers
+from sicog_exp.evaluation.asked import Asked
 from sicog_exp.evaluation.suites import BenchmarkError, Split, Suite, SuiteTask, evals_folder, harness_version
 from sicog_exp.generation.engine import Engine
 from sicog_exp.prompts import PROMPTS, final_text, normalize_answer
 from sicog_exp.recipe import EvaluationConfig
 from sicog_exp.records import read_jsonl, write_jsonl
+from sicog_exp.store import Workplace
 
-SAMPLES, SCORES, RESULTS = "samples.jsonl", "scores.json", "results.json"
+SAMPLES, SCORES, RESULTS, REJECTED = "samples.jsonl", "scores.json", "results.json", "rejected.jsonl"
 DATA_VARIABLE = "SICOG_DATA"
 """Environment variable that tells the tasks in evals/tasks/ where the data set lies."""
 VALUES = ("score", "true_false")
@@ -81,18 +83,21 @@ class Sample:
 
 
 def evaluate(
-    engine: Engine, suite: Suite, dataset_dir: Path, config: EvaluationConfig, out: Path, split: Split = "benchmark"
-) -> Scores:
+    engine: Engine, suite: Suite, dataset_dir: Path, config: EvaluationConfig, out: Path, split: Split = "benchmark",
+    workplace: Workplace | None = None,
+) -> Scores:  # fmt: skip
     """Score an engine on a suite; `out` gets samples.jsonl, scores.json and lmms-eval's results.json.
 
     `dataset_dir` holds `images/` and `<split>.parquet`. What the engine raises is raised here: no question is ever
-    scored on an answer that was not given. With `KeptAnswers` as the engine a killed evaluation goes on.
+    scored on an answer that was not given. One that the model cannot be asked is left out, and rejected.jsonl lists it.
+    With `KeptAnswers` as the engine a killed evaluation goes on, and `workplace` hears how far it is.
     """
     out.mkdir(parents=True, exist_ok=True)
     tasks = suite.tasks(split, config.judge)
     with harness(dataset_dir, [task.task for task in tasks], suite.include) as manager:
-        results, shown = _run(engine, tasks, manager, config, out)
-        samples = {task.task: _samples(task, results, shown, manager) for task in tasks}
+        results, put = _run(engine, tasks, manager, config, out, workplace)
+        samples = {task.task: _samples(task, results, put, manager) for task in tasks}
+    _list_refused(put.refused, results, out, workplace)
     made = {task.task: _task_score(task, samples[task.task], _kind(results, task.task)) for task in tasks}
     asked = engine.engine if isinstance(engine, KeptAnswers) else engine
     scores = Scores(
@@ -124,24 +129,51 @@ def read_samples(out: Path) -> list[Sample]:
 # Running the harness.
 
 
-def _run(
-    engine: Engine, tasks: Sequence[SuiteTask], manager: Any, config: EvaluationConfig, out: Path
-) -> tuple[dict[str, Any], Mapping[tuple[str, int], str]]:
-    """lmms-eval's results, merged over calls: its limit holds for a whole call, ours for a task. And what was shown,
-    (task, document) -> a picture's digest."""
+@dataclass(frozen=True)
+class _Put:
+    """How questions, (task, document), were put: a digest of the picture shown, where its pixels came from the task;
+    why it could not be put at all."""
+
+    shown: dict[tuple[str, int], str]
+    refused: dict[tuple[str, int], str]
+
+
+def _run(engine: Engine, tasks: Sequence[SuiteTask], manager: Any, config: EvaluationConfig, out: Path,
+         workplace: Workplace | None) -> tuple[dict[str, Any], _Put]:  # fmt: skip
+    """lmms-eval's results, merged over calls: its limit holds for a whole call, ours for a task."""
     from sicog_exp.evaluation.lmms_model import EngineModel
 
     pictures = engine.scratch / PICTURES if isinstance(engine, KeptAnswers) else None
-    model = EngineModel(engine, config.batch_size, config.max_new_tokens, pictures)
+    refused: dict[tuple[str, int], str] = {}
+    model = EngineModel(engine, config.batch_size, config.max_new_tokens, pictures, refused)
     by_limit: dict[int | None, list[str]] = defaultdict(list)
     for task in tasks:
         by_limit[task.limit].append(task.task)
+    calls = sorted(by_limit.items(), key=lambda call: call[0] is not None)  # first what is asked without end
+    if isinstance(engine, KeptAnswers) and workplace and workplace.progress:
+        manager = Asked(manager, calls, workplace.progress)
+        engine.heard = manager.answered
     merged: dict[str, Any] = defaultdict(dict)
-    for limit, names in by_limit.items():
+    for limit, names in calls:
         results = _simple_evaluate(model, names, limit, manager, out)
         for key in ("results", "versions", "n-samples", "samples", "configs"):
             merged[key].update(results[key])
-    return merged, model.shown
+    return merged, _Put(model.shown, refused)
+
+
+def _list_refused(refused: Mapping[tuple[str, int], str], results: Mapping[str, Any], out: Path,
+                  workplace: Workplace | None) -> None:  # fmt: skip
+    """Say which questions were left out, and count them; nothing where there are none."""
+    if not refused:
+        return
+    names = {(task, row["doc_id"]): _name(row) for task in {task for task, _ in refused}
+             for row in results["samples"][task]}  # fmt: skip
+    rows = [{"id": names[key], "task": key[0], "reason": reason} for key, reason in sorted(refused.items())]
+    write_jsonl(out / REJECTED, rows)
+    if workplace:
+        workplace.add(rejected=len(rows))
+    print(f"evaluation: {len(rows)} questions cannot be put to this model and are left out, for example "
+          f"{rows[0]['id']} of {rows[0]['task']} ({rows[0]['reason']}); {REJECTED} lists them")  # fmt: skip
 
 
 def _simple_evaluate(model: Any, names: list[str], limit: int | None, manager: Any, out: Path) -> dict[str, Any]:
@@ -279,19 +311,33 @@ Row = Mapping[str, Any]
 Shown = Mapping[tuple[str, int], str]
 
 
-def _samples(task: SuiteTask, results: Mapping[str, Any], shown: Shown, manager: Any) -> list[Sample]:
+def _samples(task: SuiteTask, results: Mapping[str, Any], put: _Put, manager: Any) -> list[Sample]:
     rows = sorted(results["samples"][task.task], key=lambda row: row["doc_id"])
     expected = results["n-samples"][task.task]["effective"]
     if len(rows) != expected or len({row["doc_id"] for row in rows}) != expected:
         raise BenchmarkError(f"{task.task}: {len(rows)} results for {expected} questions")
-    kind = _kind(results, task.task)
+    kind, units = _kind(results, task.task), _left(task, rows, put.refused)
     for row in rows if task.judge else ():
-        _check_judged(task, row)
+        if (task.task, row["doc_id"]) not in put.refused:
+            _check_judged(task, row)
     if not task.unit:
-        return [_sample(task, kind, _name(row), [row], _value(task, row), shown) for row in rows]
+        return [_sample(task, kind, name, [row], _value(task, row), put.shown) for name, (row,) in units]
     aggregate = _aggregation(task, manager)
-    return [_sample(task, kind, name, group, _share(task, aggregate([dict(row[task.metric]) for row in group])), shown)
-            for name, group in _units(task, task.unit, rows).items()]  # fmt: skip
+    return [_sample(task, kind, name, group, _share(task, aggregate([dict(row[task.metric]) for row in group])),
+                    put.shown) for name, group in units]  # fmt: skip
+
+
+def _left(task: SuiteTask, rows: Sequence[Row], refused: Mapping[tuple[str, int], str]
+          ) -> list[tuple[str, list[Row]]]:  # fmt: skip
+    """The rows of each question that was put, in all its rows. Raises BenchmarkError where that is none."""
+    units = list(_units(task, task.unit, rows).items()) if task.unit else [(_name(row), [row]) for row in rows]
+    left = [(name, group) for name, group in units
+             if not any((task.task, row["doc_id"]) in refused for row in group)]  # fmt: skip
+    if units and not left:
+        first = next(reason for (name, _), reason in refused.items() if name == task.task)
+        raise BenchmarkError(f"{task.task}: none of its questions can be put to this model ({first}); leave the task "
+                             "out of the suite")  # fmt: skip
+    return left
 
 
 def _name(row: Row) -> str:

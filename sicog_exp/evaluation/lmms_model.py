@@ -19,7 +19,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.utils import simple_parse_args_string
 
-from sicog_exp.generation.engine import Decoding, Engine, Request
+from sicog_exp.generation.engine import Decoding, Engine, Refusal, Request
 from sicog_exp.models.loading import resolve_base
 from sicog_exp.prompts import KINDS, Kind
 from sicog_exp.recipe import EvaluationConfig, ModelConfig
@@ -62,8 +62,11 @@ class EngineModel(lmms):
 
     is_simple = True
 
-    def __init__(self, engine: Engine, batch_size: int, max_new_tokens: int, pictures: Path | None = None) -> None:
-        """`pictures` keeps decoded pictures for a continued evaluation; without it they go with `clean`."""
+    def __init__(self, engine: Engine, batch_size: int, max_new_tokens: int, pictures: Path | None = None,
+                 refused: dict[tuple[str, int], str] | None = None) -> None:  # fmt: skip
+        """`pictures` keeps decoded pictures for a continued evaluation; without it they go with `clean`. `refused` is
+        filled with (task, document) -> why a question cannot be put, for who reads the results to leave it out; without
+        it such a question is an error, since the harness would score no answer as a wrong one."""
         super().__init__()
         self.engine = engine
         self.batch_size = batch_size
@@ -73,6 +76,7 @@ class EngineModel(lmms):
         self.shown: dict[tuple[str, int], str] = {}
         """(task, document) -> a digest of the pixels of its first picture, where the task handed pixels over."""
         self._pictures = _Pictures(pictures)
+        self._refused = refused
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> EngineModel:
@@ -96,7 +100,10 @@ class EngineModel(lmms):
         """One greedy answer per request, in the order of the requests."""
         questions = {_id(instance): self._question(instance) for instance in requests}
         texts = self._answers(list(questions.values()))
-        return [_cut(texts[_id(instance)], questions[_id(instance)].until) for instance in requests]
+        for instance in requests:
+            if _id(instance) not in texts:
+                self._leave_out(instance, self._reasons[_id(instance)])
+        return [_cut(texts.get(_id(instance), ""), questions[_id(instance)].until) for instance in requests]
 
     def _answers(self, questions: Sequence[_Question]) -> dict[str, str]:
         groups: dict[int, list[Request]] = defaultdict(list)
@@ -107,10 +114,21 @@ class EngineModel(lmms):
             decoding = Decoding(0.0, 1.0, limit, 0, self.batch_size)
             for batch in self.engine.sample(requests, decoding):
                 texts |= {candidate.sample_id: candidate.text for candidate in batch}
-        missing = [q.request.sample_id for q in questions if q.request.sample_id not in texts]
+        settled = texts.keys() | self._reasons.keys()
+        missing = [q.request.sample_id for q in questions if q.request.sample_id not in settled]
         if missing:
             raise HarnessError(f"the engine left {len(missing)} of {len(questions)} requests unanswered: {missing[:3]}")
         return texts
+
+    @property
+    def _reasons(self) -> Mapping[str, str]:
+        """Request -> why the engine refused it."""
+        return getattr(self.engine, "refused", {})
+
+    def _leave_out(self, instance: Instance, reason: str) -> None:
+        if self._refused is None:
+            raise HarnessError(f"{_id(instance)} cannot be put to this model: {reason}")
+        self._refused[instance.task_name, instance.doc_id] = reason
 
     def _question(self, instance: Instance) -> _Question:
         context, options, doc_to_visual, doc_id, task, split = instance.args
@@ -141,8 +159,13 @@ class EngineModel(lmms):
             text = continuation(doc) if callable(continuation) else continuation
             # Tasks put their delimiter, a space, in front; our assistants begin to speak without one.
             continuations.append(str(text).lstrip())
-        results = self.engine.log_likelihood(made, continuations)
-        pairs = [(-logprob / max(tokens, 1), greedy) for logprob, tokens, greedy in results]
+        pairs = []
+        for instance, result in zip(requests, self.engine.log_likelihood(made, continuations), strict=True):
+            if isinstance(result, Refusal):
+                self._leave_out(instance, result.reason)
+                result = 0.0, 0, False
+            logprob, tokens, greedy = result
+            pairs.append((-logprob / max(tokens, 1), greedy))
         return [GenerationResult(text=pair) for pair in pairs]  # type: ignore[arg-type]
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:

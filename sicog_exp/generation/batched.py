@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sicog_exp.data.chat import ChatError
 from sicog_exp.data.images import ImageError, open_image
-from sicog_exp.generation.engine import Decoding, Refusal, Request, Sampled, candidate_seed
+from sicog_exp.generation.engine import Decoding, Likelihood, Refusal, Request, Sampled, candidate_seed
 from sicog_exp.generation.requests import Batches, EngineError, check_decoding, check_requests, cut
 from sicog_exp.records import Candidate
 
@@ -62,6 +62,11 @@ class BatchedEngine:
             self.refused.update({refusal.sample_id: refusal.reason for refusal in sampled.refused})
             yield sampled
             started = time.perf_counter()
+
+    def log_likelihood(self, requests: Sequence[Request], continuations: Sequence[str]
+                       ) -> Sequence[Likelihood | Refusal]:  # fmt: skip
+        """See the protocol."""
+        raise NotImplementedError
 
     def finished(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
         """The batches' results in order; their seconds are measured by the caller."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import REPOSITORY, environment
@@ -17,7 +18,7 @@ from sicog_exp import loop, origins
 from sicog_exp.evaluation.answers import ANSWERS
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.recipe import Recipe, load
-from sicog_exp.store import Artifact, Store
+from sicog_exp.store import Artifact, Step, Store
 
 EVALUATION = """
 import sys
@@ -37,11 +38,21 @@ def overrides(model: Path, store: Path) -> list[str]:
             "data.benchmark_images=10"]  # fmt: skip
 
 
-def scored(recipe: Recipe) -> Artifact:
-    """In this process; the store alone stands for a runner."""
-    store = Store(recipe.store)
+class Watched(Store):
+    """Stands for a runner; notes how far its last step said to be."""
+
+    told: list[tuple[int, int]]
+
+    def run(self, step: Step, *_: Any) -> Artifact:
+        self.told = []
+        return super().run(step, lambda *call: self.told.append(call))
+
+
+def scored(recipe: Recipe) -> tuple[Artifact, list[tuple[int, int]]]:
+    """In this process."""
+    store = Watched(recipe.store)
     base, data = store.run(origins.base_step(recipe)), store.run(origins.data_step(recipe))
-    return loop.evaluate(store, recipe, "evaluate", base, data)  # type: ignore[arg-type]
+    return loop.evaluate(store, recipe, "evaluate", base, data), store.told  # type: ignore[arg-type]
 
 
 def killed_after(lines: int, given: Sequence[str], folder: Path) -> int:
@@ -71,9 +82,11 @@ def test_a_killed_evaluation_goes_on(tiny_model: Path, tmp_path: Path, monkeypat
         return real(self, batches, decoding)
 
     monkeypatch.setattr(TransformersEngine, "sample_batches", counted)
-    resumed = scored(load("tests/tiny.yaml", given))
+    resumed, told = scored(load("tests/tiny.yaml", given))
     asked, computed[:] = sum(computed), []
-    whole = scored(load("tests/tiny.yaml", overrides(tiny_model, tmp_path / "whole")))
+    whole, told_whole = scored(load("tests/tiny.yaml", overrides(tiny_model, tmp_path / "whole")))
     assert asked == sum(computed) - kept, "only what was missing is computed"
+    assert told == told_whole == [(done, len(told)) for done in range(1, len(told) + 1)]
+    assert len(told) == whole.facts["samples"], "a batch of one is one question"
     assert resumed.manifest["outputs"] == whole.manifest["outputs"]
     assert not (resumed.path / "scratch").exists()

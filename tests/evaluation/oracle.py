@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from sicog_exp.generation.engine import Decoding, Request, candidate_seed
+from sicog_exp.generation.engine import Decoding, Refusal, Request, Sampled, candidate_seed
+from sicog_exp.generation.requests import Batches, cut
 from sicog_exp.records import Candidate
 
 
@@ -33,3 +34,28 @@ class OracleEngine:
     ) -> list[tuple[float, int, bool]]:
         self.asked += requests
         return [(-float(len(c)), 2, len(c) < 3) for c in continuations]
+
+
+@dataclass
+class RefusingOracle(OracleEngine):
+    """One whose batches can be kept, and that cannot carry some prompts."""
+
+    refuses: Callable[[Request], bool] = lambda request: False
+
+    def plan(self, requests: Sequence[Request], decoding: Decoding) -> Batches:
+        return cut(requests, [len(request.messages[0].content) for request in requests], decoding.batch_size)
+
+    def sample_batches(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
+        for batch in batches:
+            self.asked += batch
+            refused = tuple(self._refusal(request) for request in batch if self.refuses(request))
+            kept = [self._candidate(request, decoding) for request in batch if not self.refuses(request)]
+            yield Sampled(kept, 5, 2.0, refused=refused)
+
+    def log_likelihood(self, requests, continuations):
+        given = super().log_likelihood(requests, continuations)
+        return [self._refusal(request) if self.refuses(request) else row
+                for request, row in zip(requests, given, strict=True)]  # fmt: skip
+
+    def _refusal(self, request: Request) -> Refusal:
+        return Refusal.of(request, ValueError("too wide"))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import OracleEngine
+from oracle import OracleEngine, RefusingOracle
 from PIL import Image
 
 from sicog_exp.evaluation.answers import ANSWERS, LIKELIHOOD_CHUNK, KeptAnswers
-from sicog_exp.generation.engine import Decoding, Request, Sampled
+from sicog_exp.generation.engine import Decoding, Refusal, Request, Sampled
 from sicog_exp.generation.requests import cut
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.prompts import prompt
@@ -136,6 +136,22 @@ def test_likelihoods_are_kept_in_chunks(pictures: Path, tmp_path: Path):
     texts[0] = "maybe"
     KeptAnswers(second, tmp_path / "s", "w").log_likelihood(requests, texts)
     assert second.likelihoods == LIKELIHOOD_CHUNK
+
+
+def test_a_refused_question_is_not_asked_again(pictures: Path, tmp_path: Path):
+    requests = questions(pictures)
+    for _ in range(2):
+        engine = RefusingOracle(lambda request: "a", refuses=lambda request: request.sample_id[5] in "27")
+        kept, heard = KeptAnswers(engine, tmp_path, "w"), []
+        kept.heard = heard.extend
+        found = [candidate.sample_id for batch in kept.sample(requests, GREEDY) for candidate in batch]
+        assert sorted(found) == [f"task/{i}/0" for i in range(10) if i not in (2, 7)]
+        assert kept.refused == {"task/2/0": "too wide", "task/7/0": "too wide"}
+        assert sorted(heard) == [f"task/{i}/0" for i in range(10)]
+        scored = kept.log_likelihood(requests, ["yes"] * 10)
+        assert [i for i, row in enumerate(scored) if isinstance(row, Refusal)] == [2, 7]
+        assert scored[0] == (-3.0, 2, False)
+    assert engine.asked == []
 
 
 def test_a_real_engine_answers_by_length_and_resumes(tiny_model: Path, world_images: list[Path], tmp_path: Path):

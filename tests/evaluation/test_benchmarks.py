@@ -13,16 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import OracleEngine
+from oracle import OracleEngine, RefusingOracle
 from PIL import Image
 from tiny import build
 
-from sicog_exp.evaluation.benchmarks import SCORES, Sample, evaluate, read_samples
+from sicog_exp.evaluation.answers import KeptAnswers
+from sicog_exp.evaluation.benchmarks import REJECTED, SCORES, Sample, evaluate, read_samples
 from sicog_exp.evaluation.suites import BenchmarkError, Suite, SuiteTask, evals_folder, load_suite
 from sicog_exp.generation.engine import Request
 from sicog_exp.prompts import prompt, question_of, structured
 from sicog_exp.recipe import EvaluationConfig
 from sicog_exp.records import Record, conversation, read_jsonl, read_records, write_jsonl, write_records
+from sicog_exp.store import Workplace
 
 WORLD = Suite("world", (SuiteTask("sicog_world_direct"), SuiteTask("sicog_world_cot")))
 CONFIG = EvaluationConfig(batch_size=8, max_new_tokens=40)
@@ -188,9 +190,8 @@ def test_embedded_suite_on_development_and_limits(dataset: Path, tmp_path: Path)
     assert {s.family for s in samples} == {"existence", "color", "shape"}
 
 
-def test_multiple_choice_of_another_folder(dataset: Path, tmp_path: Path):
-    """lmms-eval 0.7.3 fails on the documented return value of loglikelihood, and takes the smallest."""
-    folder = tmp_path / "tasks"
+def choosing(folder: Path) -> Suite:
+    """A suite of one task of multiple choice."""
     folder.mkdir()
     rows = [{"question": "Which?", "choices": ["long answer", "short"], "gold": i % 3 // 2} for i in range(6)]
     write_jsonl(folder / "rows.jsonl", rows)
@@ -199,13 +200,63 @@ def test_multiple_choice_of_another_folder(dataset: Path, tmp_path: Path):
     task |= {"doc_to_choice": "choices", "doc_to_target": "gold"}
     task |= {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
     (folder / "choose.yaml").write_text(json.dumps(task))
-    suite = Suite("mine", (SuiteTask("choose", metric="acc"),), include=(str(folder),))
+    return Suite("mine", (SuiteTask("choose", metric="acc"),), include=(str(folder),))
+
+
+def test_multiple_choice_of_another_folder(dataset: Path, tmp_path: Path):
+    """lmms-eval 0.7.3 fails on the documented return value of loglikelihood, and takes the smallest."""
+    suite = choosing(tmp_path / "tasks")
     engine = OracleEngine(truth)  # its loss grows with the length: it always prefers the shorter choice
     scores = evaluate(engine, suite, dataset, CONFIG, tmp_path / "out")
     assert scores.tasks["choose"].accuracy == pytest.approx(2 / 6)
     assert [s.correct for s in read_samples(tmp_path / "out")] == [0.0, 0.0, 1.0] * 2
     with pytest.raises(BenchmarkError, match="no folder"):
         evaluate(engine, replace(suite, include=("/no/such",)), dataset, CONFIG, tmp_path / "out")
+
+
+def test_a_question_that_cannot_be_put_is_left_out(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of every format of answer; it is listed and counted, no other score changes."""
+    suite = choosing(tmp_path / "tasks")
+    suite = replace(suite, benchmark=(SuiteTask("sicog_world_direct"), *suite.benchmark))
+    place = Workplace(tmp_path / "out", tmp_path / "scratch")
+    evaluate(OracleEngine(truth), suite, dataset, CONFIG, tmp_path / "whole")
+    whole = read_samples(tmp_path / "whole")
+    gone = {("sicog_world_direct", whole[3].id), ("choose", "4")}
+    engine = RefusingOracle(truth, refuses=lambda r: r.sample_id.startswith(("sicog_world_direct/3/", "choose/4/")))
+    kept = KeptAnswers(engine, place.scratch, "w")
+    scores = evaluate(kept, suite, dataset, CONFIG, tmp_path / "out", workplace=place)
+    assert read_samples(tmp_path / "out") == [s for s in whole if (s.task, s.id) not in gone]
+    assert {name: task.n for name, task in scores.tasks.items()} == {"sicog_world_direct": 19, "choose": 5}
+    assert {(row["task"], row["id"], row["reason"]) for row in read_jsonl(tmp_path / "out" / REJECTED)} == {
+        (*key, "too wide") for key in gone}  # fmt: skip
+    assert place.facts == {"rejected": 2}
+    assert "evaluation: 2 questions cannot be put to this model" in capsys.readouterr().out
+    engine.refuses = lambda r: r.sample_id.startswith("choose/")
+    with pytest.raises(BenchmarkError, match=r"choose: none of its questions can be put to this model \(too wide\)"):
+        evaluate(KeptAnswers(engine, tmp_path / "s", "v"), suite, dataset, CONFIG, tmp_path / "none")
+
+
+def test_how_far_an_evaluation_is(dataset: Path, tmp_path: Path):
+    """Over calls of several limits, answers and choices alike; a continued one counts what it finds."""
+    suite = choosing(tmp_path / "tasks")
+    tasks = (SuiteTask("sicog_easyvqa_direct", limit=30), SuiteTask("sicog_world_direct"), *suite.benchmark)
+    suite = replace(suite, benchmark=tasks)
+    calls: list[tuple[int, int]] = []
+
+    def run() -> RefusingOracle:
+        place = Workplace(tmp_path / "out", tmp_path / "scratch", progress=lambda *call: calls.append(call))
+        engine = RefusingOracle(lambda r: "yes")
+        evaluate(KeptAnswers(engine, place.scratch, "w"), suite, dataset, CONFIG, tmp_path / "out", workplace=place)
+        return engine
+
+    assert run().asked
+    assert {total for _, total in calls} == {20 + 6 + 30}
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert calls[-1] == (56, 56)
+    assert len(calls) > 4
+    whole, calls[:] = list(calls), []
+    assert run().asked == []
+    assert calls == whole
 
 
 @pytest.mark.parametrize("name", ["embedded", "easyvqa", "own"])

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.models import get_model, get_model_manifest
-from oracle import OracleEngine
+from oracle import OracleEngine, RefusingOracle
 from PIL import Image
 
+from sicog_exp.evaluation.answers import KeptAnswers
 from sicog_exp.evaluation.lmms_model import EngineModel, HarnessError
 
 TASK, SPLIT = "some_task", "test"
@@ -156,6 +157,20 @@ def test_failures_are_raised():
 
     with pytest.raises(MemoryError):
         model_with(fail).generate_until([request(0)])
+
+
+def test_a_question_that_cannot_be_put_is_named_and_never_scored(tmp_path: Path):
+    """Who reads the results leaves it out; lmms-eval by itself would take an empty answer for a wrong one."""
+    engine = KeptAnswers(RefusingOracle(echo, refuses=lambda r: "wide" in r.messages[0].content), tmp_path, "w")
+    asked, refused = [request(0), request(1, context="wide")], {}
+    model = EngineModel(engine, 2, 50, refused=refused)
+    model.task_dict = {TASK: {SPLIT: [{}] * 3}}
+    assert [bool(answer) for answer in model.generate_until(asked)] == [True, False]
+    assert refused == {(TASK, 1): "too wide"}
+    strict = EngineModel(engine, 2, 50)
+    strict.task_dict = model.task_dict
+    with pytest.raises(HarnessError, match="some_task/1/0 cannot be put to this model: too wide"):
+        strict.generate_until(asked)
 
 
 def test_command_line_arguments(monkeypatch: pytest.MonkeyPatch):
