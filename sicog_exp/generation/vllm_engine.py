@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sicog_exp.data.chat import ChatEncoder, ImageInputs
 from sicog_exp.generation.batched import BatchedEngine, opened_images, request_seed, sampled_once
 from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Request, Sampled, candidate_seed
+from sicog_exp.generation.orphans import children_end_with_us
 from sicog_exp.generation.requests import EngineError, keys_of
 from sicog_exp.generation.vllm_adapter import MERGE, Adapter
 from sicog_exp.models.loading import ModelSource, load_processor
@@ -134,7 +135,8 @@ def _load(name: str, weights: str, **options: Any) -> Any:
         raise EngineError(f"engine.kind=vllm needs the vllm package ({error}): pip install 'sicog-exp[vllm]', in an "
                           "environment with a GPU") from None  # fmt: skip
     try:
-        return LLM(model=weights, **options)
+        with children_end_with_us():
+            return LLM(model=weights, **options)
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
         said = " ".join(str(error).split())[:500]
         raise EngineError(f"{name}: vllm cannot load it ({said}). What it printed above says why; where memory is "
