@@ -82,7 +82,7 @@ class VllmEngine(BatchedEngine):
             given = self._generate([prompts[i] for i, _ in parts],
                                    [_params(part, decoding) for _, part in parts])  # fmt: skip
             candidates = [candidate for (_, part), output in zip(parts, given, strict=True)
-                          for candidate in _candidates(part, output.outputs, decoding)]  # fmt: skip
+                          for candidate in self._candidates(part, output.outputs, decoding)]  # fmt: skip
             read = {i: output.prompt_token_ids for (i, _), output in zip(parts, given, strict=True)}
             prompt, image, encoded = self._counts(batch, [read[i] for i in range(len(batch))])
             yield Sampled(candidates, prompt, 0.0, image, encoded)
@@ -117,6 +117,17 @@ class VllmEngine(BatchedEngine):
         places = ImageInputs({}, [self._encoder.image_token] * len(images))
         ids = self._encoder.prompt(request.messages, places)
         return {"prompt_token_ids": ids, **({"multi_modal_data": {"image": images}} if images else {})}
+
+    def _candidates(self, request: Request, outputs: Sequence[Any], decoding: Decoding) -> Iterator[Candidate]:
+        """A greedy output serves all indices. Texts are decoded here, as other engines' are: vllm leaves out the bytes
+        of a character that the last token does not end."""
+        for i, (sample_id, kind, index) in enumerate(keys_of(request)):
+            made = outputs[i if len(outputs) > 1 else 0]
+            text = self._encoder.tokenizer.decode(list(made.token_ids), skip_special_tokens=True)
+            seed = candidate_seed(decoding.seed, sample_id, kind, index)
+            reason: Literal["stop", "length"] = "stop" if made.finish_reason == "stop" else "length"
+            yield Candidate(sample_id, request.kind, index, text.strip(), seed, float(made.cumulative_logprob),
+                            len(made.token_ids), reason)  # fmt: skip
 
     def _counts(self, batch: Sequence[Request], ids: Sequence[Sequence[int]]) -> tuple[int, int, int]:
         """(all, images', encoded) tokens of a batch's prompts; vllm keeps what it encoded of an image."""
@@ -171,17 +182,7 @@ def _params(request: Request, decoding: Decoding) -> Any:
 
     return SamplingParams(n=sampled_once(request, decoding), temperature=decoding.temperature, top_p=decoding.top_p,
                           max_tokens=decoding.max_new_tokens, seed=request_seed(request, decoding),
-                          logprobs=0)  # fmt: skip
-
-
-def _candidates(request: Request, outputs: Sequence[Any], decoding: Decoding) -> Iterator[Candidate]:
-    """A greedy output serves all indices."""
-    for i, (sample_id, kind, index) in enumerate(keys_of(request)):
-        made = outputs[i if len(outputs) > 1 else 0]
-        seed = candidate_seed(decoding.seed, sample_id, kind, index)
-        reason: Literal["stop", "length"] = "stop" if made.finish_reason == "stop" else "length"
-        yield Candidate(sample_id, request.kind, index, made.text.strip(), seed, float(made.cumulative_logprob),
-                        len(made.token_ids), reason)  # fmt: skip
+                          logprobs=0, detokenize=False)  # fmt: skip
 
 
 def _scored(prompt_logprobs: Sequence[Any], target: Sequence[int]) -> tuple[float, int, bool]:
