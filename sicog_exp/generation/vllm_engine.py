@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from sicog_exp.data.chat import ChatEncoder, ImageInputs
 from sicog_exp.generation.batched import BatchedEngine, opened_images, request_seed, sampled_once
 from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Request, Sampled, candidate_seed
+from sicog_exp.generation.orphans import children_end_with_us
 from sicog_exp.generation.requests import EngineError, keys_of
+from sicog_exp.generation.vllm_adapter import MERGE, Adapter
 from sicog_exp.models.loading import ModelSource, load_processor
 from sicog_exp.models.vllm_names import vllm_folder
 from sicog_exp.records import Candidate
@@ -21,8 +22,6 @@ from sicog_exp.records import Candidate
 if TYPE_CHECKING:
     from sicog_exp.recipe import EngineConfig, ModelConfig
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""What peft saves beside the weights of an adapter."""
 MOST_CANDIDATES = 64
 """Candidates of one request; a request for more is put as several."""
 
@@ -35,11 +34,11 @@ class VllmEngine(BatchedEngine):
     are the untempered model's.
     """
 
-    def __init__(self, llm: Any, encoder: ChatEncoder, image_token: int, adapter: Path | None = None,
-                 max_pixels: int = MAX_PIXELS) -> None:  # fmt: skip
+    def __init__(self, llm: Any, encoder: ChatEncoder, image_token: int, max_pixels: int = MAX_PIXELS,
+                 lora: Any = None) -> None:  # fmt: skip
         super().__init__()
         self._llm, self._encoder, self._image_token, self._max_pixels = llm, encoder, image_token, max_pixels
-        self._adapter = _lora_request(adapter) if adapter else None
+        self._lora = lora
         self._home: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
@@ -47,18 +46,18 @@ class VllmEngine(BatchedEngine):
                   max_length: int | None = None, max_pixels: int = MAX_PIXELS,
                   **options: Any) -> VllmEngine:  # fmt: skip
         """Load a folder or hub name, or a folder with an adapter. `options` go to `vllm.LLM`. Raises EngineError."""
-        adapter = Path(path) if (Path(path) / ADAPTER_CONFIG).is_file() else None
-        base = _adapter_config(adapter)["base_model_name_or_path"] if adapter else str(path)
+        adapter = Adapter.read(Path(path))
+        base = adapter.base if adapter else str(path)
         if adapter:
-            options = {"enable_lora": True, "max_lora_rank": _lora_rank(adapter), **options}
+            options = {**adapter.options, **options}
         processor = load_processor(ModelSource(base, trust_remote_code))
         home = tempfile.TemporaryDirectory(prefix="sicog-vllm-")
         weights = str(vllm_folder(Path(base), Path(home.name))) if Path(base).is_dir() else base
-        llm = _load(weights, dtype=dtype, trust_remote_code=trust_remote_code, gpu_memory_utilization=memory,
+        llm = _load(base, weights, dtype=dtype, trust_remote_code=trust_remote_code, gpu_memory_utilization=memory,
                     max_model_len=max_length, seed=0, **options)  # fmt: skip
         encoder = ChatEncoder(processor)
         token = encoder.tokenizer.convert_tokens_to_ids(encoder.image_token)
-        engine = cls(llm, encoder, token, adapter, max_pixels)
+        engine = cls(llm, encoder, token, max_pixels, _with_adapter(llm, adapter) if adapter else None)
         engine._home = home  # where the copy of the weights lies, if any, as long as the engine lives
         return engine
 
@@ -83,7 +82,7 @@ class VllmEngine(BatchedEngine):
             given = self._generate([prompts[i] for i, _ in parts],
                                    [_params(part, decoding) for _, part in parts])  # fmt: skip
             candidates = [candidate for (_, part), output in zip(parts, given, strict=True)
-                          for candidate in _candidates(part, output.outputs, decoding)]  # fmt: skip
+                          for candidate in self._candidates(part, output.outputs, decoding)]  # fmt: skip
             read = {i: output.prompt_token_ids for (i, _), output in zip(parts, given, strict=True)}
             prompt, image, encoded = self._counts(batch, [read[i] for i in range(len(batch))])
             yield Sampled(candidates, prompt, 0.0, image, encoded)
@@ -106,7 +105,7 @@ class VllmEngine(BatchedEngine):
         if not prompts:
             return []
         try:
-            return self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
+            return self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora)
         except ValueError as error:
             said = " ".join(str(error).split())[:500]
             raise EngineError(f"vllm refuses a prompt of the batch ({said}); if it is too long, raise "
@@ -119,6 +118,17 @@ class VllmEngine(BatchedEngine):
         ids = self._encoder.prompt(request.messages, places)
         return {"prompt_token_ids": ids, **({"multi_modal_data": {"image": images}} if images else {})}
 
+    def _candidates(self, request: Request, outputs: Sequence[Any], decoding: Decoding) -> Iterator[Candidate]:
+        """A greedy output serves all indices. Texts are decoded here, as other engines' are: vllm leaves out the bytes
+        of a character that the last token does not end."""
+        for i, (sample_id, kind, index) in enumerate(keys_of(request)):
+            made = outputs[i if len(outputs) > 1 else 0]
+            text = self._encoder.tokenizer.decode(list(made.token_ids), skip_special_tokens=True)
+            seed = candidate_seed(decoding.seed, sample_id, kind, index)
+            reason: Literal["stop", "length"] = "stop" if made.finish_reason == "stop" else "length"
+            yield Candidate(sample_id, request.kind, index, text.strip(), seed, float(made.cumulative_logprob),
+                            len(made.token_ids), reason)  # fmt: skip
+
     def _counts(self, batch: Sequence[Request], ids: Sequence[Sequence[int]]) -> tuple[int, int, int]:
         """(all, images', encoded) tokens of a batch's prompts; vllm keeps what it encoded of an image."""
         shown = [list(row).count(self._image_token) for row in ids]
@@ -126,7 +136,7 @@ class VllmEngine(BatchedEngine):
         return sum(map(len, ids)), sum(shown), sum(distinct.values())
 
 
-def _load(base: str, **options: Any) -> Any:
+def _load(name: str, weights: str, **options: Any) -> Any:
     # no report of use to anyone, and no pages of log lines in a run's display
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -136,11 +146,28 @@ def _load(base: str, **options: Any) -> Any:
         raise EngineError(f"engine.kind=vllm needs the vllm package ({error}): pip install 'sicog-exp[vllm]', in an "
                           "environment with a GPU") from None  # fmt: skip
     try:
-        return LLM(model=base, **options)
+        with children_end_with_us():
+            return LLM(model=weights, **options)
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
         said = " ".join(str(error).split())[:500]
-        raise EngineError(f"{base}: vllm cannot load it ({said}); engine.kind=transformers loads every model that "
-                          "trains here") from error  # fmt: skip
+        raise EngineError(f"{name}: vllm cannot load it ({said}). What it printed above says why; where memory is "
+                          "short, lower engine.memory or engine.max_length; engine.kind=transformers loads every model "
+                          "that trains here") from error  # fmt: skip
+
+
+def _with_adapter(llm: Any, adapter: Adapter) -> Any:
+    """What names the adapter in a request, once vllm has it: an adapter that is loaded by the first request and refused
+    ends vllm's process. Raises EngineError."""
+    from vllm.lora.request import LoRARequest
+
+    lora = LoRARequest(adapter.folder.name, 1, str(adapter.folder.resolve()))
+    try:
+        llm.llm_engine.add_lora(lora)
+    except Exception as error:  # vllm's process sends back a bare Exception, whatever it met
+        llm.llm_engine.engine_core.shutdown()
+        raise EngineError(f"{adapter.folder}: vllm cannot apply the adapter ({' '.join(str(error).split())[:500]}); "
+                          f"{MERGE}") from error  # fmt: skip
+    return lora
 
 
 def _parts(request: Request) -> Iterator[Request]:
@@ -155,17 +182,7 @@ def _params(request: Request, decoding: Decoding) -> Any:
 
     return SamplingParams(n=sampled_once(request, decoding), temperature=decoding.temperature, top_p=decoding.top_p,
                           max_tokens=decoding.max_new_tokens, seed=request_seed(request, decoding),
-                          logprobs=0)  # fmt: skip
-
-
-def _candidates(request: Request, outputs: Sequence[Any], decoding: Decoding) -> Iterator[Candidate]:
-    """A greedy output serves all indices."""
-    for i, (sample_id, kind, index) in enumerate(keys_of(request)):
-        made = outputs[i if len(outputs) > 1 else 0]
-        seed = candidate_seed(decoding.seed, sample_id, kind, index)
-        reason: Literal["stop", "length"] = "stop" if made.finish_reason == "stop" else "length"
-        yield Candidate(sample_id, request.kind, index, made.text.strip(), seed, float(made.cumulative_logprob),
-                        len(made.token_ids), reason)  # fmt: skip
+                          logprobs=0, detokenize=False)  # fmt: skip
 
 
 def _scored(prompt_logprobs: Sequence[Any], target: Sequence[int]) -> tuple[float, int, bool]:
@@ -173,18 +190,3 @@ def _scored(prompt_logprobs: Sequence[Any], target: Sequence[int]) -> tuple[floa
     rows = prompt_logprobs[len(prompt_logprobs) - len(target) :]
     found = [row[token] for row, token in zip(rows, target, strict=True)]
     return sum(one.logprob for one in found), len(target), all(one.rank == 1 for one in found)
-
-
-def _adapter_config(adapter: Path) -> dict[str, Any]:
-    return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-
-
-def _lora_rank(adapter: Path) -> int:
-    """vllm knows ranks of 8 and more."""
-    return max(8, int(_adapter_config(adapter)["r"]))
-
-
-def _lora_request(adapter: Path) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(adapter.name, 1, str(adapter))

@@ -154,13 +154,18 @@ def internvl() -> Built:
     return tf.InternVLForConditionalGeneration(config), processor
 
 
+def _sections(head: int) -> list[int]:
+    """Frequencies of a head for time, height and width: half of them, and a quarter each."""
+    return [head // 2 - 2 * (head // 8), head // 8, head // 8]
+
+
 def _qwen(name: str, vision: dict[str, Any], text: dict[str, Any], videos: Any) -> Built:
     template = chatml("<|vision_start|><|image_pad|><|vision_end|>")
     tok = tokenizer("<|im_end|>", template, ("<|im_start|>", "<|vision_start|>", "<|vision_end|>"),
                     image_token="<|image_pad|>", video_token="<|video_pad|>")  # fmt: skip
     images = tf.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 256, "longest_edge": 4096})
     processor = getattr(tf, f"{name}Processor")(images, tok, videos, chat_template=template)
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": _sections(WIDTH // HEADS)}
     shape = {"depth": 2, "num_heads": HEADS, "patch_size": 8, **vision}
     ids = {f"{part}_token_id": tok.convert_tokens_to_ids(f"<|{part}|>") for part in ("vision_start", "vision_end")}
     config = getattr(tf, f"{name}Config")(

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 SHORT, LONG = "vision_tower.", "vision_tower.vision_model."
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""The towers whose weights vllm looks for under the longer names; InternVL's it does not."""
 INNER = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
 """What the names of a CLIP or SigLIP tower's weights go on with."""
 HEADER_SIZE = 8
@@ -21,7 +23,7 @@ HEADER_SIZE = 8
 def vllm_folder(model: Path, home: Path) -> Path:
     """The model's own folder where vllm reads its names, else a copy under the longer names in `home`."""
     files = sorted(model.glob("*.safetensors"))
-    if not any(_renamed(name) != name for file in files for name in _header(file)[0]):
+    if not _has_long_names(model) or not any(_renamed(name) != name for file in files for name in _header(file)[0]):
         return model
     home.mkdir(parents=True, exist_ok=True)
     for file in model.iterdir():
@@ -34,6 +36,11 @@ def vllm_folder(model: Path, home: Path) -> Path:
         elif file.is_file():
             shutil.copyfile(file, home / file.name)
     return home
+
+
+def _has_long_names(model: Path) -> bool:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return (config.get("vision_config") or {}).get("model_type") in TOWERS
 
 
 def _renamed(name: str) -> str:

@@ -22,6 +22,7 @@ def test_the_tower_gets_the_longer_names_and_nothing_else_changes(tmp_path: Path
 def test_shards_and_their_index(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
+    (model / "config.json").write_text('{"vision_config": {"model_type": "siglip_vision_model"}}')
     name = "model.vision_tower.encoder.layers.0.weight"
     save_file({name: torch.ones(3), "lm_head.weight": torch.zeros(2)}, model / "model-1.safetensors")
     index = f'{{"metadata": {{}}, "weight_map": {{"{name}": "model-1.safetensors"}}}}'
@@ -30,3 +31,11 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     longer = "model.vision_tower.vision_model.encoder.layers.0.weight"
     assert load_file(folder / "model-1.safetensors").keys() == {longer, "lm_head.weight"}
     assert longer in (folder / "model.safetensors.index.json").read_text()
+
+
+def test_other_towers_keep_their_names(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"vision_config": {"model_type": "internvl_vision"}}')
+    save_file({"vision_tower.encoder.layer.0.weight": torch.ones(3)}, model / "model.safetensors")
+    assert vllm_folder(model, tmp_path / "copy") == model
