@@ -3,7 +3,7 @@
 A killed generation continues with the batches whose shard is missing or damaged; the merged file has the same bytes
 whatever was resumed, and holds every requested candidate exactly once or is not written at all. Requests whose prompt
 the model cannot carry have none and are listed in `rejected.jsonl` beside it. Memory holds a batch, and of every
-request where it stands: about 100 bytes.
+request where it stands: about 130 bytes.
 """
 
 from __future__ import annotations
