@@ -18,6 +18,7 @@ from sicog_exp.cleandata import without_repeated_texts
 from sicog_exp.curation.consistency import lower_half, seeded_index
 from sicog_exp.curation.curate import Group
 from sicog_exp.curation.filters import parse
+from sicog_exp.curation.spool import Spool
 from sicog_exp.data.images import IMAGES, open_image
 from sicog_exp.generation.pool_index import PoolIndex
 from sicog_exp.prompts import KINDS, Kind, prompt
@@ -142,30 +143,26 @@ class PairsTask:
 def make_pairs(task: PairsTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Kept responses with one to reject, as two files of records with the same ids (`training.preference`).
 
-    In memory are the ids of the rows that train and where the candidates stand; what they say is read item by item.
+    In memory are the ids of the rows that train and where the candidates stand; what they say is read item by item, and
+    waits in a nameless file for the second of the two.
     """
     from sicog_exp.training.preference import CHOSEN, REJECTED
 
-    curated = inputs["curated"].path
-    items = RecordFile(inputs["items"] / UNLABELED)
+    curated, folder = inputs["curated"].path, workplace.directory
     pools = [pool / "candidates.jsonl" for name, pool in inputs.items() if name.startswith("pool")]
     options = LowScored(curated) if task.rejected == "low_score" else PoolIndex(pools)
-    trains = {record.id for record in RecordFile(curated / "self.parquet")}
-    kept = sum(1 for _ in _trained(curated, items, trains))
-
-    def pairs() -> Iterator[tuple[Record, Record]]:
-        for row, images in _trained(curated, items, trains):
-            text = rejected_for(row, options.rows(row["id"]), task.curation)
-            if text:
-                yield _record(row, row["chosen"], images), _record(row, text, images)
-
-    write_records(workplace.directory / CHOSEN, (chosen for chosen, _ in pairs()))
-    found = write_records(workplace.directory / REJECTED, (rejected for _, rejected in pairs()))
-    workplace.add(samples=kept, pairs=found)
+    trained = _trained(curated, RecordFile(inputs["items"] / UNLABELED))
+    looked_at = ((row, images, rejected_for(row, options.rows(row["id"]), task.curation)) for row, images in trained)
+    with Spool(looked_at, folder) as kept:
+        count = sum(1 for _ in kept)
+        write_records(folder / CHOSEN, (_record(row, row["chosen"], images) for row, images, text in kept if text))
+        found = write_records(folder / REJECTED, (_record(row, text, images) for row, images, text in kept if text))
+    workplace.add(samples=count, pairs=found)
 
 
-def _trained(curated: Path, items: RecordFile, trains: Collection[str]) -> Iterator[tuple[dict, tuple[str, ...]]]:
+def _trained(curated: Path, items: RecordFile) -> Iterator[tuple[dict, tuple[str, ...]]]:
     """The kept rows of which every record trains, with their images."""
+    trains = {record.id for record in RecordFile(curated / "self.parquet")}
     known = RecordsById(items)
     for row in read_jsonl(curated / "curated.jsonl"):
         if row["kept"]:

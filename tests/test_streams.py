@@ -19,7 +19,7 @@ from PIL import Image
 
 from sicog_exp import cleandata, records
 from sicog_exp.cleandata import QUESTIONS, CleanTask
-from sicog_exp.curation import contamination
+from sicog_exp.curation import contamination, spool
 from sicog_exp.curation.contamination import Question, picture_of
 from sicog_exp.curation.diagnosis import diagnose, read_truth
 from sicog_exp.data.sources import build_dataset
@@ -44,6 +44,7 @@ LONG = "read the sign at the door of the old mill beside the river and say who m
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "ROWS_PER_GROUP", 16)
     monkeypatch.setattr(records, "ROWS_READ", 16)
+    monkeypatch.setattr(spool, "TOGETHER", 16)
     monkeypatch.setattr(cleandata, "DECODED", 8)
     monkeypatch.setattr(contamination, "ROWS_PER_BATCH", 8)
     monkeypatch.setattr(contamination, "PAIRS_PER_BATCH", 8)
