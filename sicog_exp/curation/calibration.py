@@ -386,7 +386,7 @@ def _level(pool: Pool, threshold: float, kept: Sequence[Judged], easiness: Mappi
         random=_mean(j.choice.random for j in known),
         easiness=_mean(easiness[j.choice.family] for j in known),
         formats=_mean(j.formats for j in kept),
-        distinct_2=distinct_share([pair for text in words for pair in pairwise(text)]),
+        distinct_2=distinct_share(pair for text in words for pair in pairwise(text)),
         answer_entropy=family_entropy(answers) if pool.group == "reasoning" else None,
         mean_words=_mean(float(len(text)) for text in words),
     )

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import chain, islice, pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -84,17 +84,20 @@ def measure(group: Group, verdicts: Sequence[Mapping[str, Any]], reasons: Sequen
             families: Mapping[str, str] | None = None, encoder: str = "lexical") -> Diversity:  # fmt: skip
     """One group from its rows of `curated.jsonl` and, of every candidate, the reason why it was set aside (or None)."""
     kept = sorted((row for row in verdicts if row["kept"]), key=lambda row: seeded_index(ORDER, row["id"], 2**48))
-    texts = [said(row) for row in kept]
-    words = [words_of(text) for text in texts]
+
+    def words() -> Iterator[list[str]]:
+        """Of each text, anew: all pairs of words of a large pool at once would take gigabytes."""
+        return (words_of(said(row)) for row in kept)
+
     dropped = sum(row["reason"] in REPEATED for row in verdicts)
-    sample = texts[:SAMPLE]
+    sample = [said(row) for row in kept[:SAMPLE]]
     looked_at = [reason for reason in reasons if reason != UNUSED]
     return Diversity(
         kept=len(kept),
-        mean_words=fmean(map(len, words)) if words else None,
-        vocabulary=len({word for text in words for word in text}),
-        distinct_1=distinct_share([word for text in words for word in text]),
-        distinct_2=distinct_share([pair for text in words for pair in pairwise(text)]),
+        mean_words=fmean(map(len, words())) if kept else None,
+        vocabulary=len(set(chain.from_iterable(words()))),
+        distinct_1=distinct_share(chain.from_iterable(words())),
+        distinct_2=distinct_share(pair for text in words() for pair in pairwise(text)),
         answer_entropy=family_entropy(_answers(kept, families or {})) if group == "reasoning" else None,
         pairwise_similarity=_mean_of_pairs(LexicalEncoder(), sample),
         embedding_spread=None if encoder == "lexical" else _spread(encoder, sample),
@@ -135,10 +138,12 @@ def said(row: Mapping[str, Any]) -> str:
     return "\n".join((steps_of(kind, text) if kind in STEPS else None) or (text,))
 
 
-def distinct_share(tokens: Sequence[Hashable], size: int = WORDS) -> float | None:
+def distinct_share(tokens: Iterable[Hashable], size: int = WORDS) -> float | None:
     """Distinct tokens as a share, averaged over pieces of `size` tokens; None where there is no whole piece."""
-    pieces = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
-    return fmean(len(set(piece)) / size for piece in pieces) if pieces else None
+    rest = iter(tokens)
+    pieces = iter(lambda: list(islice(rest, size)), [])
+    shares = [len(set(piece)) / size for piece in pieces if len(piece) == size]
+    return fmean(shares) if shares else None
 
 
 def entropy(counts: Counter[str]) -> float:
