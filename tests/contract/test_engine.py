@@ -57,7 +57,7 @@ def vllm(folder: Path, home: Path) -> Iterator[Engine]:
     pytest.importorskip("vllm", reason="vllm is not installed beside the rest")
     from sicog_exp.generation.vllm_engine import VllmEngine
 
-    engine = VllmEngine.from_path(EMBEDDED_BASE, max_length=512, enforce_eager=True)
+    engine = VllmEngine.from_path(EMBEDDED_BASE, max_length=512, memory=0.1, enforce_eager=True)
     yield engine
     engine.close()
 
