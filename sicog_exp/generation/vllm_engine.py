@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sicog_exp.data.chat import ChatEncoder, ImageInputs
-from sicog_exp.generation.batched import BatchedEngine, opened_images, request_seed, sampled_once
-from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Request, Sampled, candidate_seed
+from sicog_exp.generation.batched import BatchedEngine, carried, opened_images, request_seed, sampled_once
+from sicog_exp.generation.engine import MAX_PIXELS, Decoding, Likelihood, Refusal, Request, Sampled, candidate_seed
 from sicog_exp.generation.orphans import children_end_with_us
 from sicog_exp.generation.requests import EngineError, keys_of
 from sicog_exp.generation.vllm_adapter import MERGE, Adapter
@@ -77,29 +77,30 @@ class VllmEngine(BatchedEngine):
     def finished(self, batches: Sequence[Sequence[Request]], decoding: Decoding) -> Iterator[Sampled]:
         """The batches, one after the other."""
         for batch in batches:
-            prompts = [self._prompt(request) for request in batch]
-            parts = [(i, part) for i, request in enumerate(batch) for part in _parts(request)]
-            given = self._generate([prompts[i] for i, _ in parts],
+            made, refused = carried(batch, self._prompt)
+            parts = [(i, part) for i in made for part in _parts(batch[i])]
+            given = self._generate([made[i] for i, _ in parts],
                                    [_params(part, decoding) for _, part in parts])  # fmt: skip
             candidates = [candidate for (_, part), output in zip(parts, given, strict=True)
                           for candidate in self._candidates(part, output.outputs, decoding)]  # fmt: skip
             read = {i: output.prompt_token_ids for (i, _), output in zip(parts, given, strict=True)}
-            prompt, image, encoded = self._counts(batch, [read[i] for i in range(len(batch))])
-            yield Sampled(candidates, prompt, 0.0, image, encoded)
+            prompt, image, encoded = self._counts([batch[i] for i in made], [read[i] for i in made])
+            yield Sampled(candidates, prompt, 0.0, image, encoded, tuple(refused.values()))
 
-    def log_likelihood(
-        self, requests: Sequence[Request], continuations: Sequence[str]
-    ) -> list[tuple[float, int, bool]]:
+    def log_likelihood(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[Likelihood | Refusal]:
         """See the protocol. The end-of-turn token is not part of a continuation, and a request's count is ignored."""
         from vllm import SamplingParams
 
-        targets = [self._encoder.tokenizer.encode(text, add_special_tokens=False) for text in continuations]
-        prompts = [self._prompt(request) for request in requests]
-        for prompt, target in zip(prompts, targets, strict=True):
+        made, refused = carried(requests, self._prompt)
+        targets = [self._encoder.tokenizer.encode(continuations[i], add_special_tokens=False) for i in made]
+        for prompt, target in zip(made.values(), targets, strict=True):
             prompt["prompt_token_ids"] = prompt["prompt_token_ids"] + target
-        params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1) for _ in prompts]
-        given = self._generate(prompts, params)
-        return [_scored(output.prompt_logprobs, target) for output, target in zip(given, targets, strict=True)]
+        params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1) for _ in made]
+        given = self._generate(list(made.values()), params)
+        found: dict[int, Likelihood | Refusal] = {**refused}
+        for i, output, target in zip(made, given, targets, strict=True):
+            found[i] = _scored(output.prompt_logprobs, target)
+        return [found[i] for i in range(len(requests))]
 
     def _generate(self, prompts: list[Any], params: list[Any]) -> list[Any]:
         if not prompts:

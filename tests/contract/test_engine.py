@@ -64,9 +64,8 @@ def vllm(folder: Path, home: Path) -> Iterator[Engine]:
 
 ENGINES: list[Callable[[Path, Path], Any]] = [transformers, ray, openai, vllm]
 LIKELIHOOD = ("test_log_likelihood_does_not_depend_on_the_batch", "test_log_likelihood_agrees_with_sampling")
-REFUSED = ("test_a_prompt_that_cannot_be_put_costs_no_other", "test_a_prompt_that_cannot_be_put_has_no_likelihood")
-CANNOT = {openai: dict.fromkeys((*LIKELIHOOD, REFUSED[1]), "OpenAI's protocol does not score given answers"),
-          vllm: dict.fromkeys(REFUSED, "it stops at such a prompt")}  # fmt: skip
+REFUSED = "test_a_prompt_that_cannot_be_put_has_no_likelihood"
+CANNOT = {openai: dict.fromkeys((*LIKELIHOOD, REFUSED), "OpenAI's protocol does not score given answers")}
 WARM = Decoding(temperature=1.0, top_p=0.95, max_new_tokens=24, seed=5, batch_size=4)
 GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=24, seed=5, batch_size=4)
 
