@@ -8,10 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import REPOSITORY
 
 from sicog_exp.cli import _parse, build_parser
@@ -142,3 +144,9 @@ def test_the_benchmark_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_tools_that_the_guide_names_are_installed() -> None:
     assert shutil.which("register-python-argcomplete", path=str(Path(sys.executable).parent))
+
+
+def test_a_plain_mlflow_run_installs_what_the_package_asks_for() -> None:
+    """python_env.yaml says it a second time, since MLflow reads no pyproject.toml."""
+    wanted = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert yaml.safe_load((REPOSITORY / "python_env.yaml").read_text())["dependencies"] == wanted
