@@ -74,7 +74,15 @@ class Stage(LightningModule):
     def __init__(self, config: StageConfig) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.strict_loading = False  # of checkpoints, which lack what does not train
         self.config = config
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What does not train is loaded with the model: a checkpoint of adapters is as small as they are."""
+        named = self.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
+        kept = {name: value for name, value in checkpoint["state_dict"].items() if name not in frozen}
+        checkpoint["state_dict"] = kept
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         raise NotImplementedError

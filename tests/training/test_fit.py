@@ -202,6 +202,31 @@ def test_sigterm_ends_training_with_a_checkpoint(tiny_model: Path, world_images:
     assert stopped.facts["steps"] == 4
 
 
+@pytest.mark.parametrize("changes", [{"language_lr": 0.0}, {"lora_rank": 4, "vision_lr": 0.0}])
+def test_a_checkpoint_holds_what_trains(changes: dict[str, Any], tiny_model: Path, world_images: list[Path],
+                                        tmp_path: Path) -> None:  # fmt: skip
+    """And a stage that goes on from it ends with the same bits."""
+    places = {}
+    for name, at in (("whole", 0), ("stopped", 2)):
+        scratch = tmp_path / name
+        scratch.mkdir()
+        places[name] = Workplace(tmp_path, scratch, progress=lambda done, total, at=at: stop_at(done, at))
+    torch.manual_seed(0)
+    whole = fit_here(tiny_model, world_images, places["whole"], steps=4, **changes).state_dict()
+    torch.manual_seed(0)
+    with pytest.raises(Terminated):
+        fit_here(tiny_model, world_images, places["stopped"], steps=4, **changes)
+    (checkpoint,) = places["stopped"].scratch.glob("*.ckpt")
+    held = torch.load(checkpoint, weights_only=False)["state_dict"]  # made here
+    assert 0 < len(held) < len(whole)
+    assert not any("language_model" in name and "lora" not in name for name in held)
+    places["stopped"].progress = None
+    torch.manual_seed(0)
+    again = fit_here(tiny_model, world_images, places["stopped"], steps=4, **changes).state_dict()
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
 def stop_at(done: int, at: int) -> None:
     """The signal reaches this process during a step; what is asked is asked before the next look."""
     if done == at - 1:
