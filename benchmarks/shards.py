@@ -30,8 +30,9 @@ from sicog_exp.prompts import prompt
 from sicog_exp.recipe import ModelConfig, StageConfig
 from sicog_exp.records import Record, conversation, write_records
 from sicog_exp.store import Artifact, Workplace
+from sicog_exp.training import stages
 from sicog_exp.training.modules import SupervisedFineTuning
-from sicog_exp.training.stages import MixtureData, TrainingTask, train
+from sicog_exp.training.stages import MixtureData, TrainingTask
 
 PATCH, SEED = 24, 3
 PHASES = "load", "shard", "train", "gather and save"
@@ -85,7 +86,8 @@ def rank(home: Path, options: argparse.Namespace) -> None:
     machine = ModelConfig(device="cpu", threads=1, devices=options.devices, strategy="fsdp")
     inputs = {part: Artifact(home / part, {}, True) for part in ("model", "data")}
     data = MixtureData(TrainingTask(stage, machine, {"annotated": 1.0}, SEED), inputs)
-    train(Watched, data, Workplace(home / "made", home / "scratch"))
+    stages.MODULES = {**stages.MODULES, "watched": Watched}
+    stages.train("watched", data, Workplace(home / "made", home / "scratch"))
 
 
 class Watch(threading.Thread):

@@ -1,4 +1,4 @@
-"""Whether the hub answers, asked once: its own libraries ask for file after file again and again, for minutes."""
+"""Whether the hub answers, asked once a load: its own libraries ask for file after file again, for minutes."""
 
 from __future__ import annotations
 

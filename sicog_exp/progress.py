@@ -84,6 +84,7 @@ class Display:
 
 
 def about_left(seconds: float) -> str:
+    """Words for the time that a rate says is left."""
     return f"about {int(seconds // 60)}:{int(seconds % 60):02d} left"
 
 

@@ -726,6 +726,10 @@ class Recipe:
             _require(stage.steps == 0 or self.model.strategy != "fsdp" or whole, f"{name}.lora_4bit={stage.lora_4bit}, "
                      f"{name}.optimizer={stage.optimizer}: weights and moments in few bits are not shared out; leave "
                      "these out, or set model.strategy=ddp")  # fmt: skip
+            # Ranks that pack their own rows pass through the model in unlike numbers; shards need all of them at once.
+            packed = stage.packing and name != "preference"
+            _require(stage.steps == 0 or self.model.strategy != "fsdp" or not packed, f"{name}.packing=true: ranks "
+                     "that share weights cannot pack their rows; set it to false, or model.strategy=ddp")  # fmt: skip
 
     @property
     def is_upper_bound(self) -> bool:

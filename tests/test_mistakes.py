@@ -114,6 +114,8 @@ MISTAKES = [
     (f"{ITERATE} model.strategy=fsdp", r"model\.strategy=fsdp: there is one device; set model\.devices or"),
     (f"{ITERATE} model.devices=2 model.strategy=fsdp instruct.optimizer=adamw_8bit",
      r"instruct\.optimizer=adamw_8bit: weights and moments in few bits are not shared out"),
+    (f"{ITERATE} model.devices=2 model.strategy=fsdp instruct.packing=true",
+     r"instruct\.packing=true: ranks that share weights cannot pack their rows"),
     (f"{ITERATE} model.nodes=2", r"model\.nodes=2: needs `srun` and a SLURM job .*this is none"),
     ("base experiments/base.yaml model.devices=2", r"model\.devices=2, .*the embedded base trains on one device"),
     (f"{ITERATE} model.device=cuda", r"model\.device=cuda: torch sees no GPU here; use model\.device=auto"),

@@ -22,7 +22,7 @@ import numpy as np
 
 from sicog_exp.curation.consistency import seeded_index
 from sicog_exp.curation.curate import GROUPS, Group, group_of
-from sicog_exp.curation.diagnosis import final_of, read_truth
+from sicog_exp.curation.diagnosis import final_of
 from sicog_exp.curation.filters import BROKEN_FORMAT, DUPLICATE, EMPTY, NEAR_DUPLICATE, TRUNCATED
 from sicog_exp.curation.selection import UNUSED
 from sicog_exp.curation.similarity import Encoder, LexicalEncoder, build_encoder, words_of
@@ -74,7 +74,7 @@ class Diversity:
 @lru_cache(maxsize=32)
 def read_diversity(curated: Path, data: Path) -> dict[Group, Diversity]:
     """The groups that a curation artifact holds; question families come from the data artifact's `truth.jsonl`."""
-    families = {id: truth.family for id, truth in read_truth(data).items()}
+    families = {row["id"]: row.get("family", "") for row in read_jsonl(data / "truth.jsonl")}
     verdicts, reasons = _by_group(read_jsonl(curated / "curated.jsonl")), _reasons(curated)
     encoder = json.loads((curated / "summary.json").read_text(encoding="utf-8"))["encoder"]
     return {group: measure(group, verdicts[group], reasons[group], families, encoder) for group in verdicts}

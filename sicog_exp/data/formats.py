@@ -92,6 +92,7 @@ class Reading:
         self._of_part = lambda: self.row / max(rows, 1)
 
     def at(self, row: int) -> None:
+        """The reader has come to this row of its part."""
         self.row, self.rows = row, self.rows + 1
         if self.watch:
             self.watch(self)

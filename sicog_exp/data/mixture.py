@@ -63,26 +63,31 @@ Reject = Callable[[str, str, str], None]
 
 
 class Rejected:
-    """Rows that cannot train, each once, in a file of `folder`: rows are made in several processes, any of which may be
-    killed."""
+    """Rows that cannot train, in files of `folder`, one a process: several make rows, and any may be killed."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / f"{uuid4().hex}.jsonl"
+        self._folder, self._file = folder, Path()
         self._seen: set[tuple[str, str]] = set()
 
     def add(self, source: str, id: str, reason: str) -> None:
+        """Note a row, unless this process has."""
         if (source, id) in self._seen:
             return
+        if not self._seen:  # now, and not where this object was made: the process may have been forked since
+            self._folder.mkdir(exist_ok=True)
+            self._file = self._folder / f"{uuid4().hex}.jsonl"
         self._seen.add((source, id))
-        self._file.parent.mkdir(exist_ok=True)
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"source": source, "id": id, "reason": reason}, ensure_ascii=False) + "\n")
+        with self._file.open("a") as file:
+            file.write(json.dumps({"source": source, "id": id, "reason": reason}) + "\n")
 
 
 def read_rejected(folder: Path) -> list[dict[str, str]]:
-    """What all processes rejected, each row once, by source and id."""
-    lines = {line for file in folder.glob("*.jsonl") for line in file.read_text(encoding="utf-8").splitlines()}
-    rows = {(row["source"], row["id"]): row for row in map(json.loads, sorted(lines))}
+    """What all processes rejected, each row once, by source and id; a line that a kill tore is none, its row is drawn
+    again."""
+    rows = {}
+    for file in folder.glob("*.jsonl"):
+        whole, _, _torn = file.read_text().rpartition("\n")
+        rows |= {(row["source"], row["id"]): row for row in map(json.loads, whole.splitlines())}
     return [rows[key] for key in sorted(rows)]
 
 
@@ -144,7 +149,7 @@ class RecordSource:
     def row(self, index: int) -> Row:
         encoded = self._encoded(index)
         if isinstance(encoded, ChatError):
-            raise encoded
+            raise encoded.with_traceback(None)  # which would grow with every draw
         example, images, id = encoded
         return Row(example, self._images.of(images), self.name, id)
 

@@ -116,6 +116,7 @@ class Intake:
 
 
 def no_rows(file: Path) -> DataError:
+    """What is raised for a source in which there is nothing to read."""
     return DataError(f"{file}: holds no rows or images; name a file or folder that does")
 
 

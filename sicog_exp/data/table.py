@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def _mapped(path: Path, folder: Path) -> Any:
         with pq.ParquetFile(path) as file, pa.ipc.new_file(temporary, file.schema_arrow) as writer:
             for batch in file.iter_batches(ROWS_READ):
                 writer.write_batch(batch)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # what is found under its name is whole, even after a power cut
         temporary.rename(copy)
     return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()
 

@@ -103,8 +103,10 @@ class KeptAnswers:
         return self._digests[picture]
 
     def _has(self, keys: Sequence[str]) -> bool:
-        """A batch counts when all of it is there."""
-        return all(key in self._known for key in keys)
+        """A batch counts when all of it is there; not with refusals that do not last."""
+        if not all(key in self._known for key in keys):
+            return False
+        return not any(REFUSED in self._known[key][0] for key in keys) or self.engine.refusals_last
 
     def _values(self, keys: Sequence[str]) -> list[Any]:
         for _, seconds, counted in (self._known[key] for key in keys):

@@ -32,6 +32,9 @@ class BatchedEngine:
     `refused` the reason for every sample that has none.
     """
 
+    refusals_last = True
+    """Whether a prompt that was refused stays so: what a model's processor says does, what a server says may not."""
+
     def __init__(self) -> None:
         self.busy_seconds = 0.0
         self.counted: Counter[str] = Counter()

@@ -56,6 +56,7 @@ class Refusal:
 
     @classmethod
     def of(cls, request: Request, reason: Exception) -> Refusal:
+        """A request's, with the error's words on one line."""
         return cls(request.sample_id, request.kind, request.first_index, " ".join(str(reason).split())[:500])
 
     @property

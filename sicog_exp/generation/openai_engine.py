@@ -64,6 +64,8 @@ class OpenAIEngine(BatchedEngine):
     A prompt that the server refuses, too long a one, say, has no candidates (`Refusal`).
     """
 
+    refusals_last = False
+
     def __init__(self, server: str, model: str, in_flight: int = 32, image_tokens: int = 0,
                  max_pixels: int = MAX_PIXELS, retries: int = RETRIES) -> None:  # fmt: skip
         super().__init__()

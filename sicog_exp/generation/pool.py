@@ -39,9 +39,11 @@ class PoolError(RuntimeError):
 
 
 class PoolEngine(Engine, Protocol):
-    """What a pool needs of an engine beyond sampling. `busy_seconds` is the time for which its callers waited."""
+    """What a pool needs of an engine beyond sampling. `busy_seconds` is the time for which its callers waited,
+    `refusals_last` whether a prompt that it refused is not asked again."""
 
     busy_seconds: float
+    refusals_last: bool
 
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> Batches:
         """The batches of `sample`."""
@@ -70,7 +72,7 @@ def generate_pool(engine: PoolEngine, requests: Iterable[Request], decoding: Dec
         tell = progress or (lambda done, total: None)
         missing = []
         for number in range(len(shards.batches)):
-            if shards.find(number):
+            if shards.find(number, engine.refusals_last):
                 tell(shards.settled, total)
             else:
                 missing.append(number)
@@ -98,8 +100,9 @@ class _Shards:
         """What the pool holds and what it cost; `rejected` only where a request was refused."""
         return {**self._sums, **({"rejected": len(self._refused)} if self._refused else {})}
 
-    def find(self, number: int) -> bool:
-        """Whether a batch was finished before; not where its shard is damaged or answers something else."""
+    def find(self, number: int, refusals_last: bool) -> bool:
+        """Whether a batch was finished before; not where its shard is damaged or answers something else, or holds
+        refusals that do not last."""
         path = self._path(number)
         if not path.exists():
             return False
@@ -113,6 +116,7 @@ class _Shards:
             refused = tuple(Refusal(*row) for row in header.get("refused", ()))
             sampled = Sampled(candidates, **{name: header[name] for name in COSTS}, refused=refused)
             found = [candidate.key for candidate in candidates] == list(_wanted(batch, sampled))
+            found = found and (refusals_last or not refused)
         except (ValueError, KeyError, TypeError, RecordError):
             return False
         if found:

@@ -80,8 +80,8 @@ class Stage(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What does not train is loaded with the model: a checkpoint of adapters is as small as they are."""
         named = self.named_parameters(remove_duplicate=False)
-        frozen = {name for name, parameter in named if not parameter.requires_grad}
-        kept = {name: value for name, value in checkpoint["state_dict"].items() if name not in frozen}
+        trained = {name for name, parameter in named if parameter.requires_grad}
+        kept = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
         checkpoint["state_dict"] = kept
 
     def parameter_groups(self) -> list[dict[str, Any]]:

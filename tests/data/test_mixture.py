@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -329,10 +330,18 @@ def test_a_row_that_the_template_refuses_is_set_aside(tiny_model: Path, world_im
 
 
 def test_rejected_rows_of_all_processes_are_one_list(tmp_path: Path) -> None:
-    first, second = Rejected(tmp_path / "rejected"), Rejected(tmp_path / "rejected")
-    for rejected in (first, second, second):
-        rejected.add("text", "b", "too long")
-    second.add("text", "a", "too\nlong")
-    assert [(row["id"], row["reason"]) for row in read_rejected(tmp_path / "rejected")] == [
-        ("a", "too\nlong"), ("b", "too long")]  # fmt: skip
+    """Of forked ones, whatever characters ids have, and without the line that one of them was killed in."""
+    folder = tmp_path / "rejected"
+    rejected = Rejected(folder)
+    for id in ("caf\x85", "b\u2028"):
+        child = multiprocessing.get_context("fork").Process(target=rejected.add, args=("text", id, "too\nlong"))
+        child.start()
+        child.join()
+    for _ in range(2):
+        rejected.add("text", "b\u2028", "too\nlong")
+    assert len(list(folder.iterdir())) == 3
+    with next(folder.iterdir()).open("a") as file:
+        file.write('{"source": "te')
+    assert [(row["id"], row["reason"]) for row in read_rejected(folder)] == [
+        ("b\u2028", "too\nlong"), ("caf\x85", "too\nlong")]  # fmt: skip
     assert read_rejected(tmp_path / "nothing") == []

@@ -38,7 +38,7 @@ write_records(home / "annotated.parquet", rows)
 task = TrainingTask(StageConfig(max_length=512), ModelConfig(device="cpu"), {"annotated": 1.0}, 0)
 before = own_memory()
 mixture = build_mixture(task, {"data": Artifact(home, {}, True)}, Encoder(), home)
-drawn = {row.id for row in mixture.rows(0, 20_000)}
+drawn = {mixture.row(slot).id for slot in range(20_000)}
 assert len(drawn) == 20_000, len(drawn)
 print(own_memory() - before)
 """

@@ -41,6 +41,7 @@ class RefusingOracle(OracleEngine):
     """One whose batches can be kept, and that cannot carry some prompts."""
 
     refuses: Callable[[Request], bool] = lambda request: False
+    refusals_last: bool = True
 
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> Batches:
         return cut(requests, [len(request.messages[0].content) for request in requests], decoding.batch_size)

@@ -154,6 +154,19 @@ def test_a_refused_question_is_not_asked_again(pictures: Path, tmp_path: Path):
     assert engine.asked == []
 
 
+def test_a_question_that_a_server_refused_is_asked_again(pictures: Path, tmp_path: Path):
+    requests = questions(pictures)
+    for refuses in ("27", ""):
+        numbers = tuple(refuses)
+        engine = RefusingOracle(lambda request: "a", refuses=lambda r, those=numbers: r.sample_id[5] in those)
+        engine.refusals_last = False
+        kept = KeptAnswers(engine, tmp_path, "w")
+        found = [candidate.sample_id for batch in kept.sample(requests, GREEDY) for candidate in batch]
+        assert len(found) == 10 - len(refuses)
+        assert len(kept.refused) == len(refuses)
+    assert {request.sample_id for request in engine.asked} >= {"task/2/0", "task/7/0"}
+
+
 def test_a_real_engine_answers_by_length_and_resumes(tiny_model: Path, world_images: list[Path], tmp_path: Path):
     words = [prompt("direct", "What is " + "to the left of the " * (i % 3) + f"dog {i}?") for i in range(12)]
     requests = [Request(f"t/{i}/0", "direct", (user(text, 1),), (world_images[i],), 1) for i, text in enumerate(words)]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,7 @@ class Fake:
 
     def __init__(self) -> None:
         self.sampled: list[list[Request]] = []
+        self.refusals_last = True
         self.drop: set[str] = set()
         self.refuse: set[str] = set()
 
@@ -218,6 +220,20 @@ def test_refused_prompts_are_listed_counted_and_never_asked_again(tmp_path):
     assert len(again.sampled) == 1
     for name in ("c.jsonl", REJECTED):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_what_a_server_refused_is_asked_again(tmp_path):
+    """It may have been started with other settings since; also where it refused all."""
+    whole = Fake()
+    facts = generate_pool(whole, REQUESTS, DECODING, tmp_path / "whole", tmp_path / "whole.jsonl")
+    for refuse in ({"s3", "s5"}, {request.sample_id for request in REQUESTS}):
+        server, scratch, out = Fake(), tmp_path / f"s{len(refuse)}", tmp_path / f"{len(refuse)}.jsonl"
+        server.refusals_last, server.refuse = False, refuse
+        with suppress(PoolError):
+            generate_pool(server, REQUESTS, DECODING, scratch, out)
+        server.refuse = set()
+        assert generate_pool(server, REQUESTS, DECODING, scratch, out) == facts
+        assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_a_model_that_refuses_all_prompts_stops(tmp_path):
