@@ -84,7 +84,7 @@ class Rejected:
 def read_rejected(folder: Path) -> list[dict[str, str]]:
     """What all processes rejected, each row once, by source and id; a line that a kill tore is none, its row is drawn
     again."""
-    rows = {}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for file in folder.glob("*.jsonl"):
         whole, _, _torn = file.read_text().rpartition("\n")
         rows |= {(row["source"], row["id"]): row for row in map(json.loads, whole.splitlines())}
