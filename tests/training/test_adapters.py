@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def trained(model: Path, data: Path, out: Path, device: str = "cpu", **changes: 
     inputs = {name: Artifact(path, {"fingerprint": name}, True) for name, path in (("model", model), ("data", data))}
     (out / "scratch").mkdir(parents=True)
     fine_tune(task, inputs, Workplace(out, out / "scratch"))
-    (out / "scratch").rmdir()
+    shutil.rmtree(out / "scratch")  # as the store does
     return out
 
 
