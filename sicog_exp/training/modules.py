@@ -289,50 +289,42 @@ class Means:
     """Means by name of what is added up between two logged steps, from any thread."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
-        self._later: list[tuple[Sequence[str], Tensor]] = []
+        self._added: list[tuple[Sequence[str], Tensor]] = []
         self._adding = Lock()
 
-    def add(self, name: str, total: float, count: int) -> None:
-        with self._adding:
-            sums = self._sums.setdefault(name, [0.0, 0.0])
-            sums[0] += total
-            sums[1] += count
-
-    def add_later(self, names: Sequence[str], sums: Tensor) -> None:
+    def add(self, names: Sequence[str], sums: Tensor) -> None:
         """(total, count) of each name, (names, 2), which stay where they were computed until they are logged."""
         with self._adding:
-            self._later.append((names, sums))
+            self._added.append((names, sums))
 
-    def _collect(self) -> None:
-        """One transfer of all that was added for later."""
-        if not self._later:
-            return
-        names = [name for names, _ in self._later for name in names]
-        rows = torch.cat([sums for _, sums in self._later]).tolist()
-        self._later.clear()
+    def _collect(self) -> dict[str, list[float]]:
+        """Sums by name of what was added since the last time, by one transfer."""
+        names = [name for names, _ in self._added for name in names]
+        rows = torch.cat([sums for _, sums in self._added]).tolist() if self._added else []
+        self._added.clear()
+        sums = {name: [0.0, 0.0] for name in names}
         for name, (total, count) in zip(names, rows, strict=True):
-            self.add(name, total, count)
+            sums[name] = [sums[name][0] + total, sums[name][1] + count]
+        return sums
 
     def log(self, module: Stage) -> None:
         """At every LOG_EVERY-th step: log what there is, over all ranks, and begin anew."""
         if module.global_step % LOG_EVERY:
             return
-        self._collect()
-        sums = self._over_ranks(module.ranks)
+        sums = _over_ranks(self._collect(), module.ranks)
         if module.logger:
             means = {name: total / max(count, 1) for name, (total, count) in sums.items()}
             module.logger.log_metrics(means, step=module.global_step)
-        self._sums.clear()
 
-    def _over_ranks(self, ranks: int) -> dict[str, list[float]]:
-        if ranks == 1:
-            return self._sums
-        gathered: list[Any] = [None] * ranks
-        torch.distributed.all_gather_object(gathered, self._sums)
-        names = sorted({name for sums in gathered for name in sums})
-        own = {name: [sums[name] for sums in gathered if name in sums] for name in names}
-        return {name: [sum(column) for column in zip(*values, strict=True)] for name, values in own.items()}
+
+def _over_ranks(sums: dict[str, list[float]], ranks: int) -> dict[str, list[float]]:
+    if ranks == 1:
+        return sums
+    gathered: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(gathered, sums)
+    names = sorted({name for sums in gathered for name in sums})
+    own = {name: [sums[name] for sums in gathered if name in sums] for name in names}
+    return {name: [sum(column) for column in zip(*values, strict=True)] for name, values in own.items()}
 
 
 class MultimodalPretraining(SupervisedFineTuning):
@@ -348,7 +340,7 @@ class MultimodalPretraining(SupervisedFineTuning):
         sources = micro_batch["sources"]
         terms = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
         # Nothing of it is looked at here: each look would wait for the GPU.
-        self.means.add_later([f"loss_{source}" for source in sources],
+        self.means.add([f"loss_{source}" for source in sources],
                              terms.new_zeros(len(sources), 2).index_add_(0, samples, terms))  # fmt: skip
         return losses.sum(), losses.numel()
 

@@ -87,7 +87,7 @@ class PreferenceTuning(SupervisedFineTuning):
     def _report(self, dpo: Tensor, sft: Tensor, margin: Tensor) -> None:
         found = {"dpo_loss": dpo, "sft_loss": sft, "margin": margin, "preferred": (margin > 0).float()}
         sums = torch.stack([values.detach().float().sum() for values in found.values()])
-        self.means.add_later(list(found), torch.stack([sums, torch.full_like(sums, len(dpo))], dim=1))
+        self.means.add(list(found), torch.stack([sums, torch.full_like(sums, len(dpo))], dim=1))
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.means.log(self)

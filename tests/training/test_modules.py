@@ -351,8 +351,7 @@ def test_a_source_s_loss_is_the_mean_of_its_tokens(tiny_model: Path, world_image
     with torch.no_grad():
         for row in rows:
             wanted.setdefault(f"loss_{row.source}", []).extend(module.token_losses(collate([row], 0))[0].tolist())
-    module.means._collect()
-    found = {name: (total / count, count) for name, (total, count) in module.means._sums.items()}
+    found = {name: (total / count, count) for name, (total, count) in module.means._collect().items()}
     assert found == {name: (pytest.approx(sum(of) / len(of), rel=1e-5), len(of)) for name, of in wanted.items()}
     assert len(found) > 1
 
