@@ -36,10 +36,11 @@ from sicog_exp.data.chat import to_chat
 from sicog_exp.data.questions import questions
 from sicog_exp.data.scenes import make_scene, render, rng_for
 from sicog_exp.generation.engine import Decoding, Request
-from sicog_exp.generation.memory import give_back, out_of_memory
+from sicog_exp.generation.memory import out_of_memory
 from sicog_exp.generation.transformers_engine import TransformersEngine
 from sicog_exp.prompts import prompt
 from sicog_exp.records import user
+from sicog_exp.store import free_memory
 
 SHIPPED = Path(__file__).parents[1] / "sicog_exp" / "models" / "base"
 SEED = 11
@@ -154,7 +155,7 @@ def of_side(side: str, model: Any, processor: Any, device: str, requests: Sequen
     """(new tokens per second, the cells behind them); no number where memory is short."""
     engine = TransformersEngine(model, processor, device, static_cache=side == "static cache")
     engine.stops = torch.tensor(NEVER, device=device)
-    give_back()
+    free_memory()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     rates, notes = [], ""
@@ -191,7 +192,7 @@ def main() -> None:
         requests, results = make_requests(Path(name), options), Results("sampling", options.write)
         for shape in options.shapes:
             of_shape(shape, requests, options, results)
-            give_back()
+            free_memory()
 
 
 def of_model(folder: Path, options: argparse.Namespace) -> None:

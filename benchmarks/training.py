@@ -40,9 +40,10 @@ from shapes import SHAPES, clock, measured_peak, random_model, wait
 
 from sicog_exp.data.chat import IGNORED, Example
 from sicog_exp.data.mixture import Row, collate
-from sicog_exp.generation.memory import give_back, out_of_memory
+from sicog_exp.generation.memory import out_of_memory
 from sicog_exp.models.loading import work_of
 from sicog_exp.recipe import StageConfig
+from sicog_exp.store import free_memory
 from sicog_exp.training.fit import StepBatches
 from sicog_exp.training.modules import NOT_THE_MODELS, SupervisedFineTuning
 
@@ -143,7 +144,7 @@ class Subject:
                     raise
             # Behind the handler, whose traceback holds the failed attempt's tensors.
             self.optimizer.zero_grad()
-            give_back()
+            free_memory()
             way.micro, way.batches, way.seconds = way.micro // 2, [], []
         return None
 
@@ -225,7 +226,7 @@ def main() -> None:
             measure(shape, options, device, results)
         except torch.OutOfMemoryError:
             results.say(f"\n## {shape}\n\nNot measured: weights, gradients and moments alone do not fit.")
-        give_back()
+        free_memory()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from sicog_exp.records import (
     write_jsonl,
     write_records,
 )
-from sicog_exp.store import Artifact, Step, Workplace
+from sicog_exp.store import REJECTED, Artifact, Step, Workplace
 from sicog_exp.training.stages import WEIGHTS, MixtureData, TrainingTask
 
 GROUPS = ROW_KINDS
@@ -84,7 +84,7 @@ def generate(task: PoolTask, inputs: Mapping[str, Artifact], workplace: Workplac
     """Sample candidates for the items of one group into `candidates.jsonl`; a prompt that the model cannot carry is set
     aside, in `rejected.jsonl`."""
     from sicog_exp.generation.engines import open_engine
-    from sicog_exp.generation.pool import REJECTED, generate_pool
+    from sicog_exp.generation.pool import generate_pool
 
     requests = requests_for(task, items_of(inputs), inputs["data"].path)
     sampling = task.sampling

@@ -85,6 +85,8 @@ def checksums(directory: Path) -> dict[str, str]:
     return {str(r): file_checksum(p) for p, r in relative if str(r) != MANIFEST and r.parts[0] != SCRATCH}
 
 
+REJECTED = "rejected.jsonl"
+"""What a step read, drew or asked in vain and left out, with the reasons: a file of its artifact."""
 Progress = Callable[[int, int], None]
 
 
@@ -245,7 +247,7 @@ class Store:
             with clock:
                 step.run(step.config, step.inputs, workplace)
             if workplace.facts.get("model_seconds"):
-                _free_models()
+                free_memory()
             largest = {name: max(value, workplace.facts.get(name, 0)) for name, value in peaks().items()}
             facts = {**workplace.facts, **clock.facts(), **largest}
             manifest = {**step.identity, "fingerprint": step.fingerprint, "outputs": checksums(partial),
@@ -426,9 +428,9 @@ def peaks() -> dict[str, float]:
     return {**peaks, **({"peak_gpu_mb": on_gpu / 1e6} if on_gpu else {})}
 
 
-def _free_models() -> None:
-    """Trainers and engines hold their models in cycles, which stay until Python happens to look for some; the next step
-    needs the room now."""
+def free_memory() -> None:
+    """Gives back what nothing holds any more, GPU memory too. Trainers and engines hold their models in cycles, which
+    stay until Python happens to look for some; who comes next needs the room now."""
     gc.collect()
     gpus = _gpus()
     if gpus:

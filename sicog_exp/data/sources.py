@@ -51,13 +51,12 @@ from sicog_exp.prompts import Kind
 from sicog_exp.recipe import DataConfig
 from sicog_exp.records import Record, RecordFile, conversation, turns_conversation, write_jsonl, write_records
 from sicog_exp.row_index import RowIndex
+from sicog_exp.store import REJECTED, Progress
 
 SPLITS = ("annotated", "unlabeled", "instruction", "development", "benchmark")
 PUBLIC = ("instruction", "alignment")
 """Splits of `own` that train beside the annotated rows, where they are named. Public sets show each other's pictures:
 one of theirs may be in any training split, never in development or the benchmark."""
-REJECTED = "rejected.jsonl"
-Progress = Callable[[int, int], None]
 BASE_TURNS = 6
 """Turns of a conversation about one instruction image."""
 

@@ -21,9 +21,9 @@ from sicog_exp.generation.engine import Engine
 from sicog_exp.prompts import PROMPTS, final_text, normalize_answer
 from sicog_exp.recipe import EvaluationConfig
 from sicog_exp.records import read_jsonl, write_jsonl
-from sicog_exp.store import Workplace
+from sicog_exp.store import REJECTED, Workplace
 
-SAMPLES, SCORES, RESULTS, REJECTED = "samples.jsonl", "scores.json", "results.json", "rejected.jsonl"
+SAMPLES, SCORES, RESULTS = "samples.jsonl", "scores.json", "results.json"
 DATA_VARIABLE = "SICOG_DATA"
 """Environment variable that tells the tasks in evals/tasks/ where the data set lies."""
 VALUES = ("score", "true_false")

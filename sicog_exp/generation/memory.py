@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+
+from sicog_exp.store import free_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,7 +47,7 @@ class Halving:
             if not self._spare():
                 self._note(len(items), error)
         # Behind the handler, whose traceback holds the failed attempt's tensors.
-        give_back()
+        free_memory()
         return self.run(compute, items)
 
     def _note(self, size: int, error: Exception) -> None:
@@ -66,10 +67,3 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def give_back() -> None:
-    """What nothing holds any more, to the system and the GPU."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

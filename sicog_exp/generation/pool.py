@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -25,12 +25,10 @@ from sicog_exp.generation.engine import Decoding, Engine, Refusal, Request, Samp
 from sicog_exp.generation.request_file import RequestFile
 from sicog_exp.generation.requests import Batches, Key, keys_of, pool_order
 from sicog_exp.records import RecordError, candidate_from, candidate_row
+from sicog_exp.store import REJECTED, Progress
 
-Progress = Callable[[int, int], None]
-"""Called with (candidates settled, candidates requested) after each batch, sampled or found."""
 COSTS = ("prompt_tokens", "seconds", "image_tokens", "encoded_tokens")
 """What a batch cost, as its shard keeps it."""
-REJECTED = "rejected.jsonl"
 UNSETTLED = -1
 
 

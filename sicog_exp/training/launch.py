@@ -7,7 +7,6 @@ back with its processes. Files in scratch carry the task there and progress, fac
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import socket
@@ -20,10 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sicog_exp.recipe import ModelConfig
-from sicog_exp.store import Artifact, Workplace
+from sicog_exp.store import Artifact, Workplace, free_memory
 
 RANKS = "ranks"
 """Folder of scratch with the files below."""
@@ -44,9 +41,7 @@ def launch(stage: str, task: Any, inputs: Mapping[str, Artifact], workplace: Wor
     Raises LaunchError. When this process is interrupted, the ranks write a checkpoint and end; when it dies, they die.
     """
     folder = _prepared(workplace.scratch / RANKS, stage, task, inputs, workplace.tracked_run)
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # what sampling held on the first device
+    free_memory()  # what sampling held on the first device
     with (folder / LOG).open("w") as log:
         process = subprocess.Popen(command(task.model, folder), stdin=subprocess.PIPE, stdout=log, stderr=log,
                                    env=_environment(), start_new_session=True)  # fmt: skip

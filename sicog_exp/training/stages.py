@@ -30,7 +30,7 @@ from sicog_exp.models.loading import ModelSource, Work, load_model, save_model, 
 from sicog_exp.prompts import COD_TURNS, KINDS, Kind, steps_of
 from sicog_exp.recipe import CapsConfig, ModelConfig, StageConfig
 from sicog_exp.records import Record, read_jsonl, turns_conversation, write_jsonl
-from sicog_exp.store import Artifact, Workplace
+from sicog_exp.store import REJECTED, Artifact, Workplace
 from sicog_exp.training.fit import StageData, StepBatches, fit
 from sicog_exp.training.launch import launch
 from sicog_exp.training.modules import MultimodalPretraining, SupervisedFineTuning
@@ -147,19 +147,19 @@ class MixtureData(StageData):
 
 def fine_tune(task: TrainingTask, inputs: Mapping[str, Artifact], workplace: Workplace) -> None:
     """Develop, align or instruct: supervised fine-tuning of the input model on the task's mixture."""
-    trained("fine_tune", MixtureData(task, inputs), workplace)
+    run_stage("fine_tune", MixtureData(task, inputs), workplace)
 
 
 def pretrain(data: MixtureData, workplace: Workplace) -> None:
     """Multimodal pre-training on a mixture that holds self-generated data."""
-    trained("pretrain", data, workplace)
+    run_stage("pretrain", data, workplace)
 
 
 MODULES: Mapping[str, type[SupervisedFineTuning]] = {"fine_tune": SupervisedFineTuning,
                                                      "pretrain": MultimodalPretraining}  # fmt: skip
 
 
-def trained(stage: str, data: MixtureData, workplace: Workplace) -> None:
+def run_stage(stage: str, data: MixtureData, workplace: Workplace) -> None:
     """The stage in this process or on several devices, and what it could not use."""
     if data.task.model.ranks > 1:
         training_table(data.inputs, workplace.scratch)  # once, before several processes map it
@@ -173,10 +173,10 @@ def keep_rejected(workplace: Workplace) -> None:
     """Rows that were drawn and could not train: into the artifact, counted, and said."""
     rows = read_rejected(workplace.scratch / REJECTED_ROWS)
     if rows:
-        write_jsonl(workplace.directory / "rejected.jsonl", rows)
+        write_jsonl(workplace.directory / REJECTED, rows)
         workplace.add(rejected=len(rows))
         first = rows[0]
-        print(f"training: {len(rows)} rows that were drawn cannot train and were set aside (rejected.jsonl), such as "
+        print(f"training: {len(rows)} rows that were drawn cannot train and were set aside ({REJECTED}), such as "
               f"{first['id']} of {first['source']}: {first['reason']}")  # fmt: skip
 
 

@@ -18,13 +18,13 @@ from PIL import Image
 from tiny import build
 
 from sicog_exp.evaluation.answers import KeptAnswers
-from sicog_exp.evaluation.benchmarks import REJECTED, SCORES, Sample, evaluate, read_samples
+from sicog_exp.evaluation.benchmarks import SCORES, Sample, evaluate, read_samples
 from sicog_exp.evaluation.suites import BenchmarkError, Suite, SuiteTask, evals_folder, load_suite
 from sicog_exp.generation.engine import Request
 from sicog_exp.prompts import prompt, question_of, structured
 from sicog_exp.recipe import EvaluationConfig
 from sicog_exp.records import Record, conversation, read_jsonl, read_records, write_jsonl, write_records
-from sicog_exp.store import Workplace
+from sicog_exp.store import REJECTED, Workplace
 
 WORLD = Suite("world", (SuiteTask("sicog_world_direct"), SuiteTask("sicog_world_cot")))
 CONFIG = EvaluationConfig(batch_size=8, max_new_tokens=40)

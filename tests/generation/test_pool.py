@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from sicog_exp.generation.engine import Decoding, Refusal, Request, Sampled, candidate_seed
-from sicog_exp.generation.pool import REJECTED, PoolError, generate_pool
+from sicog_exp.generation.pool import PoolError, generate_pool
 from sicog_exp.generation.requests import EngineError, cut, keys_of
 from sicog_exp.prompts import prompt
 from sicog_exp.records import Candidate, read_jsonl, user
+from sicog_exp.store import REJECTED
 
 DECODING = Decoding(1.0, 1.0, 8, 3, 4)
 REQUESTS = [Request(f"s{i}", kind, (user("w" * (i * 7 % 5 + 1)),), (), i % 3 + 1)
